@@ -1,0 +1,485 @@
+"""liteCLIP: a 39-million-parameter CLIP from a small ConvNet and a small BERT.
+
+liteCLIP is shreydan's (github.com/shreydan/liteCLIP), after CLIP (Radford et al., arXiv 2103.00020).
+Image tower: ConvNeXt-T (Liu et al., arXiv 2201.03545). Text tower: BERT-mini (Turc et al., arXiv 1908.08962).
+
+The idea: CLIP does not need its own architecture or 400 million pairs. Take a ConvNet that knows ImageNet and a BERT
+that knows English, put a small head on each, and let 8,000 captioned photographs line the two up.
+
+    image    u = head_i( ConvNeXt(image) )        mean over the last feature map, then LayerNorm      (B, E)
+    text     v = head_t( BERT(tokens) )           mean over the tokens that are no padding            (B, E)
+    head     p = W x + b;   head(x) = p + LayerNorm(dropout(GELU(p)))        a residual around the norm, not inside
+    logits   S = exp(logit_scale) * u_i . v_j     with u and v of length 1                            (B, B)
+    loss     L = 1/2 [ CE(rows of S, diagonal) + CE(columns of S, diagonal) ]                         CLIP, Fig. 3
+
+Shapes: B batch, C channels, h x w feature map, L text tokens, D width, H attention heads, E embedding.
+
+What differs from CLIP: both towers (a ConvNet instead of a ViT; BERT reads in both directions and its output is
+averaged, where CLIP's text tower is causal and takes the end token) and the two heads. The loss is the same.
+
+What the model computes is what the published one computes. Its training is not the published notebook's:
+  - negatives come from the whole batch of all processes, not from one GPU's part of it;
+  - data.py splits by image; the notebook splits by caption, so its validation images were trained on. An image gives
+    one caption an epoch, with a random crop and flip; there, five rows and no augmentation;
+  - AdamW with warm-up, cosine and gradient clipping for Adam at a constant 2e-4, and logit_scale at most ln 100;
+  - the ImageNet weights are torchvision's, not Facebook's;
+  - fresh towers (`small`, `tiny`, --scratch) start as in `init_weights`; the published model never starts fresh;
+  - BERT's pooler, which nothing ever used, is left out: 39,188,577 parameters of the published 39,254,369.
+
+    python train.py                                        # the tiny one on generated pictures: 2.5 minutes
+    python train.py --model liteclip --data flickr8k       # the real one, from ImageNet and BERT-mini weights
+    python liteclip.py runs/liteclip-flickr8k/best.pt photo.jpg "a photo of a dog" "a photo of a cat"
+"""
+import math
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Config:
+    image_size: int = 224
+    depths: tuple = (3, 3, 9, 3)         # blocks in each stage; every stage but the first halves the resolution
+    dims: tuple = (96, 192, 384, 768)    # channels of each stage
+    layer_scale: float = 1e-6            # near 0, blocks start as the identity; small fresh towers learn faster with 1
+    vocab_size: int = 30522
+    context_length: int = 128            # longer texts are cut here; BERT's table has more positions than that
+    positions: int = 512
+    text_width: int = 256
+    text_layers: int = 4
+    text_heads: int = 4
+    text_mlp: int = 1024
+    embed_dim: int = 256
+    dropout: float = 0.1
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+# --- the image tower: ConvNeXt --------------------------------------------------------------------------------------
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, h, w). On channels_last tensors the two permutes move no data."""
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvBlock(nn.Module):
+    """x + gamma * MLP(LayerNorm(depthwise 7x7 convolution of x)): mixing in space, then in channels, as in a ViT."""
+    def __init__(self, dim, layer_scale):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
+
+    def forward(self, x):
+        y = self.conv_dw(x).permute(0, 2, 3, 1)  # (B, h, w, C)
+        y = self.gamma * self.mlp(self.norm(y))
+        return x + y.permute(0, 3, 1, 2)  # (B, C, h, w)
+
+
+class ImageEncoder(nn.Module):
+    """ConvNeXt: images (B, 3, H, W), normalised -> (B, dims[-1])."""
+    def __init__(self, config):
+        super().__init__()
+        dims = config.dims
+        self.stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=4), ChannelNorm(dims[0], eps=1e-6))
+        self.stages = nn.ModuleList()
+        for i, depth in enumerate(config.depths):
+            stage = nn.Module()
+            stage.downsample = nn.Identity() if i == 0 else nn.Sequential(
+                ChannelNorm(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dims[i], kernel_size=2, stride=2))
+            stage.blocks = nn.Sequential(*[ConvBlock(dims[i], config.layer_scale) for _ in range(depth)])
+            self.stages.append(stage)
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+
+    def forward(self, x):
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, h, w), a quarter of the pixels a side
+        for stage in self.stages:
+            x = stage.blocks(stage.downsample(x))
+        return self.norm(x.mean(dim=(2, 3)))  # (B, C)
+
+
+# --- the text tower: BERT -------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, mask):
+        B, L, D = x.shape
+        q, k, v = (p(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, H, L, D/H)
+                   for p in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(y.transpose(1, 2).reshape(B, L, D))
+
+
+class TextBlock(nn.Module):
+    """A transformer block with the norms after each sum (post-LN), as in 2018."""
+    def __init__(self, config):
+        super().__init__()
+        self.attn = Attention(config.text_width, config.text_heads, config.dropout)
+        self.ln_1 = nn.LayerNorm(config.text_width, eps=1e-12)
+        self.mlp = MLP(config.text_width, config.text_mlp)
+        self.ln_2 = nn.LayerNorm(config.text_width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, mask):
+        x = self.ln_1(x + self.dropout(self.attn(x, mask)))
+        return self.ln_2(x + self.dropout(self.mlp(x)))
+
+
+class TextEncoder(nn.Module):
+    """BERT: tokens (B, L), padded with id 0 -> (B, D), the mean over the tokens that are no padding.
+
+    The mask follows from the ids, so padding never changes a feature: a batch need only be as long as its longest text.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
+        self.positional_embedding = nn.Embedding(config.positions, config.text_width)
+        self.token_type_embedding = nn.Embedding(2, config.text_width)  # BERT's "sentence A" and "B"; a caption is A
+        self.ln_embed = nn.LayerNorm(config.text_width, eps=1e-12)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([TextBlock(config) for _ in range(config.text_layers)])
+
+    def forward(self, tokens):
+        visible = tokens != 0  # (B, L): every tokenizer of data.py that this model uses pads with 0
+        x = self.token_embedding(tokens) + self.positional_embedding.weight[:tokens.shape[1]]
+        x = self.dropout(self.ln_embed(x + self.token_type_embedding.weight[0]))  # (B, L, D)
+        for block in self.blocks:
+            x = block(x, visible[:, None, None])  # the mask is (B, 1, 1, L): the same for every head and every query
+        visible = visible[..., None].to(x.dtype)
+        return (x * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1e-9)  # (B, D)
+
+
+class Head(nn.Module):
+    """p + LayerNorm(dropout(GELU(p))) with p the projection: (B, D) -> (B, E)."""
+    def __init__(self, width, config):
+        super().__init__()
+        self.proj = nn.Linear(width, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.ln = nn.LayerNorm(config.embed_dim, eps=1e-5)
+
+    def forward(self, x):
+        p = self.proj(x)
+        return p + self.ln(self.dropout(F.gelu(p)))
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+class Gather(torch.autograd.Function):
+    """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
+
+    Why the result is exact: process r has the loss L_r over its own B rows, and the loss of the whole batch is
+    L = 1/W sum_r L_r. L depends on the features x_r of process r through every L_q, so dL/dx_r = 1/W sum_q dL_q/dx_r.
+    The backward below adds up the terms of the sum, and DDP, which averages gradients over processes, supplies 1/W.
+    """
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def upcast(x):
+    """Half types to fp32 and nothing else, so that a float64 model stays float64."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def full_precision(x):
+    """The context of the lengths, the similarities and the loss: encoders may run in bf16, these never."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def contrastive_loss(image_features, text_features, scale):
+    """The symmetric cross-entropy of CLIP over the global batch (CLIP, Fig. 3).
+
+    image_features, text_features: (B, E) of length 1, row i of one belongs to row i of the other;
+    scale: exp(logit_scale).
+    Local rows against the columns of all W processes. Never negative; ln(W B) says that nothing was learned yet.
+    In fp32: at a scale of 100, logits in bf16 are wrong by 0.1 to 0.5, and this product costs next to nothing.
+    """
+    with full_precision(image_features):
+        image_features, text_features = upcast(image_features), upcast(text_features)
+        logits_per_image = scale * image_features @ gather(text_features).T  # (B, W B)
+        logits_per_text = scale * text_features @ gather(image_features).T   # (B, W B)
+        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0
+        labels = torch.arange(first, first + len(image_features), device=image_features.device)
+        return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+
+
+class LiteCLIP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config)
+        self.text_encoder = TextEncoder(config)
+        self.apply(init_weights)
+        with torch.no_grad():  # with positions as large as words, learning starts far later
+            self.text_encoder.positional_embedding.weight *= 0.1
+            self.text_encoder.token_type_embedding.weight *= 0.1
+        self.img_projection = Head(config.dims[-1], config)
+        self.txt_projection = Head(config.text_width, config)
+        # A cosine lies in [-1, 1]; softmax over a batch needs a larger range to be sure of anything, and how large is
+        # learned. As an exponent, so that it stays positive and moves by factors.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # The mean and spread of CLIP's own training pictures, which liteCLIP uses too, not ImageNet's.
+        self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1), persistent=False)
+
+    def encode_image(self, images):
+        """uint8 pixels, or floats already normalised, (B, 3, H, W) -> features of length 1, (B, E)."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = (images / 255 - self.mean) / self.std
+        return self.normalize(self.img_projection(self.image_encoder(images)))
+
+    def encode_text(self, tokens):
+        """int64 tokens from `tokenize`, (B, L) with L <= positions -> features of length 1, (B, E)."""
+        if tokens.ndim != 2 or tokens.shape[1] > self.config.positions:
+            raise ValueError(f"tokens must be (B, L) with L <= {self.config.positions}, got {tuple(tokens.shape)}")
+        return self.normalize(self.txt_projection(self.text_encoder(tokens)))
+
+    def similarity(self, image_features, text_features):
+        """(I, E), (T, E) -> cosines (I, T), in fp32: what ranks captions, images and labels."""
+        with full_precision(image_features):
+            return upcast(image_features) @ upcast(text_features).T
+
+    def forward(self, images, tokens):
+        """images (B, 3, H, W) and their captions (B, L) -> {"loss": this process's rows against all columns}."""
+        image_features = self.encode_image(images)
+        text_features = self.encode_text(tokens)
+        return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
+
+    @staticmethod
+    def normalize(x):
+        with full_precision(x):
+            return F.normalize(upcast(x), dim=-1)
+
+    # --- texts: which captions this model wants, and the special tokens around their pieces ---
+
+    def tokenize(self, texts, tokenizer):
+        """Texts -> int64 (B, L): [CLS] pieces [SEP], cut to context_length with [SEP] kept, [PAD] to the longest."""
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
+        room = self.config.context_length - 2
+        pieces = [tokenizer.encode(text) for text in texts]
+        cut = sum(len(p) > room for p in pieces)
+        if cut:
+            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
+        rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
+        tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
+        for i, row in enumerate(rows):
+            tokens[i, :len(row)] = torch.tensor(row)
+        return tokens
+
+    def text_batch(self, samples, rngs, tokenizer):
+        """What `forward` needs besides the images: one caption of each sample, drawn by that sample's own generator."""
+        return {"tokens": self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)}
+
+    # --- weights from elsewhere ---
+
+    @classmethod
+    def from_pretrained(cls, source, config="liteclip"):
+        """A published liteCLIP checkpoint (path or state dict), loaded strictly; config: a Config or its name."""
+        model = cls(find_config(config))
+        load_strictly(model, rename(read_state(source)))
+        return model
+
+    @classmethod
+    def from_backbones(cls, imagenet, bert, config="liteclip"):
+        """Where training starts, as in the published recipe: trained towers, fresh heads.
+
+        imagenet: torchvision's `convnext_tiny` weights; bert: BERT-mini's; each a path or a state dict. Strict: a file
+        must hold its whole tower; its classifier is dropped by name.
+        """
+        model = cls(find_config(config))
+        load_strictly(model.image_encoder, rename(read_state(imagenet)))
+        load_strictly(model.text_encoder, rename(read_state(bert)))
+        return model
+
+
+def init_weights(module):
+    """Fresh towers: N(0, 1/inputs) for weights, zero for biases. The heads keep torch's own.
+
+    Not BERT's and ConvNeXt's N(0, 0.02), which suits wide towers and long training. Depthwise filters start with a mean
+    of zero: they see contrast and not brightness, and a small tower learns shapes sooner.
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            with torch.no_grad():
+                module.weight -= module.weight.mean(dim=(2, 3), keepdim=True)
+    elif isinstance(module, nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=module.embedding_dim ** -0.5)
+
+
+# --- reading published weights --------------------------------------------------------------------------------------
+
+DROPPED = r"(^|\.)(pooler|cls)\.|position_ids$|^classifier\.2\."  # BERT's other heads, ImageNet's classes: never used
+NAMES = [  # (a pattern in the published name, what it becomes here), all of them, in this order:
+    # image_encoder.backbone.stages.0.blocks.1.mlp.fc1.weight -> image_encoder.stages.0.blocks.1.mlp.c_fc.weight
+    (r"^(module\.|_orig_mod\.)+", ""), (r"_encoder\.backbone\.", "_encoder."), (r"^bert\.", ""),
+    # BERT, as Hugging Face names it (files of 2019 call a norm's weight gamma and its bias beta)
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    (r"embeddings\.LayerNorm\.", "ln_embed."), (r"embeddings\.word_embeddings\.", "token_embedding."),
+    (r"embeddings\.position_embeddings\.", "positional_embedding."),
+    (r"embeddings\.token_type_embeddings\.", "token_type_embedding."), (r"\bencoder\.layer\.", "blocks."),
+    (r"\.attention\.self\.", ".attn."), (r"\.attention\.output\.dense\.", ".attn.out_proj."),
+    (r"\.attention\.output\.LayerNorm\.", ".ln_1."), (r"\.intermediate\.dense\.", ".mlp.c_fc."),
+    (r"\.output\.dense\.", ".mlp.c_proj."), (r"\.output\.LayerNorm\.", ".ln_2."),
+    # ConvNeXt, as timm names it
+    (r"\.fc1\.", ".c_fc."), (r"\.fc2\.", ".c_proj."), (r"\bhead\.norm\.", "norm."),
+    # ConvNeXt, as torchvision names it: stages at odd places of `features`, what halves the resolution at even ones
+    (r"^classifier\.0\.", "norm."), (r"^features\.0\.", "stem."),
+    *[(rf"^features\.{2 * i + 1}\.", f"stages.{i}.blocks.") for i in range(4)],
+    *[(rf"^features\.{2 * i}\.", f"stages.{i}.downsample.") for i in range(1, 4)],
+    (r"\.block\.0\.", ".conv_dw."), (r"\.block\.2\.", ".norm."), (r"\.block\.3\.", ".mlp.c_fc."),
+    (r"\.block\.5\.", ".mlp.c_proj."), (r"\.layer_scale$", ".gamma"),
+]
+
+
+def rename(state):
+    """A state dict in published names -> the same tensors in the names of this file."""
+    renamed = {}
+    for name, value in state.items():
+        if re.search(DROPPED, name):
+            continue
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value.flatten() if name.endswith(".gamma") else value  # torchvision's gamma is (C, 1, 1)
+    return renamed
+
+
+def read_state(source):
+    """A state dict, or the path of a file that holds one. Never runs code from the file."""
+    if isinstance(source, dict):
+        return source
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{source}: no such file") from None
+    except Exception as error:  # torch.load raises half a dozen types for a file that is no checkpoint
+        raise ValueError(f"{source} is no PyTorch checkpoint ({type(error).__name__}); "
+                         "expected a file written by torch.save that holds tensors alone") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{source} holds a {type(state).__name__}; expected a state dict")
+    if "tokenizer" in state:
+        raise ValueError(f"{source} was written by train.py: use train.load")
+    return state.get("state_dict", state)
+
+
+def load_strictly(model, state):
+    """Every tensor of the model from `state` and none left over, or a ValueError that lists what does not fit."""
+    own = model.state_dict()
+    groups = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "wrong shape": [f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+                        for name in own if name in state and state[name].shape != own[name].shape],
+    }
+    if any(groups.values()):
+        raise ValueError(f"the weights do not fit {type(model).__name__}:" + "".join(
+            f"\n  {len(names)} {group}: " + "; ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            for group, names in groups.items() if names))
+    model.load_state_dict(state)
+
+
+# --- sizes, and how each is trained ---------------------------------------------------------------------------------
+
+CONFIGS = {
+    "liteclip": Config(),  # 39,188,577 parameters: the published model without the pooler
+    "small": Config(image_size=112, depths=(2, 2, 4, 2), dims=(48, 96, 192, 384), layer_scale=1.0, vocab_size=8192,
+                    context_length=64, positions=64, text_width=192, text_layers=2, text_mlp=768, embed_dim=192),
+    "tiny": Config(image_size=64, depths=(1, 1, 2, 1), dims=(32, 64, 128, 256), layer_scale=1.0, vocab_size=1024,
+                   context_length=64, positions=64, text_width=128, text_layers=1, text_mlp=512, embed_dim=128,
+                   dropout=0.0),
+}
+
+
+def find_config(config):
+    """A Config, or the name of one."""
+    if isinstance(config, str) and config not in CONFIGS:
+        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(CONFIGS)}")
+    return CONFIGS[config] if isinstance(config, str) else config
+
+
+# What train.py uses unless told otherwise. A fresh ConvNet learns best at twice the rate that a post-LN transformer can
+# stand: with one rate for both, one seed in three had not learned the shapes in time. `backbones`: the files to start
+# from (address, SHA-256).
+RECIPES = {
+    # 25 epochs of one caption an image see as many captions as the published five epochs of five rows an image
+    "liteclip": dict(batch=64, epochs=25, lr=2e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1, backbones={
+        "imagenet": ("https://download.pytorch.org/models/convnext_tiny-983f1562.pth", "983f1562"),
+        "bert": ("https://huggingface.co/google/bert_uncased_L-4_H-256_A-4/resolve/main/pytorch_model.bin", None),
+        "vocab": ("https://huggingface.co/google/bert_uncased_L-4_H-256_A-4/resolve/main/vocab.txt",
+                  "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    }),
+    "small": dict(batch=64, epochs=40, lr=1e-3, image_lr=2.0, weight_decay=0.1, warmup=0.05),
+    "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=2.0, weight_decay=0.05, warmup=0.1),
+}
+
+
+class ZeroShotPipeline:
+    """liteCLIP's way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
+    def __init__(self, checkpoint):
+        import train  # not at the top: this file works without its siblings
+        self.model, self.tokenizer, self.preprocess = train.load(checkpoint)
+
+    @torch.no_grad()
+    def cosines(self, image, labels):
+        image_features = self.model.encode_image(self.preprocess(image)[None])
+        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer))
+        return self.model.similarity(image_features, text_features)[0]  # (labels,)
+
+    def predict(self, image, labels, top_k=5):
+        """image: a path or a PIL image; labels: two texts or more -> the top_k (label, probability), best first."""
+        if isinstance(labels, str) or len(labels) < 2:
+            raise ValueError(f"predict compares labels: expected a list of two or more, got {labels!r}")
+        probabilities = (self.model.logit_scale.exp() * self.cosines(image, labels)).softmax(dim=0)
+        return [(labels[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:top_k]]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        sys.exit('usage: python liteclip.py CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
+    checkpoint, image, *labels = sys.argv[1:]
+    try:
+        pipeline = ZeroShotPipeline(checkpoint)
+        cosines = dict(zip(labels, pipeline.cosines(image, labels).tolist()))
+        for label, probability in pipeline.predict(image, labels, top_k=len(labels)):
+            print(f"{probability:7.1%}  cosine {cosines[label]:+.3f}  {label}")
+    except ValueError as error:
+        sys.exit(f"liteclip.py: {error}")
