@@ -1,0 +1,708 @@
+"""Train any of the models, evaluate it, go on where a run stopped.
+
+    python train.py                                          # liteclip tiny on generated pictures: 2.5 minutes
+    python train.py --model liteclip --data flickr8k         # real photographs, from ImageNet and BERT-mini weights
+    python train.py --model liteclip --data my_pictures.csv --epochs 20
+    python train.py --resume runs/liteclip-shapes            # goes on bit for bit (on a CPU), all settings as they were
+    python train.py --eval runs/liteclip-shapes/best.pt      # figures and picture again, from the checkpoint alone
+    torchrun --nproc_per_node 8 train.py --model liteclip --data flickr8k      # eight GPUs, the same global batch
+
+A run writes into its folder: last.pt (every epoch, and when interrupted), best.pt (by mean validation R@1), log.csv,
+retrieval.png. The order of the pictures and the captions, crops and dropout of a step follow from (seed, step) alone,
+and so does the learning rate: to resume is to load weights and optimizer and to start counting at another step.
+"""
+import argparse
+import contextlib
+import csv
+import functools
+import io
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import liteclip
+from data import UserError, say
+
+MODELS = {"liteclip": (liteclip, liteclip.LiteCLIP)}
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+# === device and precision ============================================================================================
+
+def pick_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    alone = "RANK" not in os.environ  # processes cannot exchange what lies on Apple's GPU
+    return torch.device("mps" if alone and torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(device, asked=None):
+    """"bf16", "fp16" or "fp32": what was asked for, else bf16 where the hardware computes in it, fp16 on older GPUs."""
+    if asked:
+        if asked == "fp16" and device.type == "cpu":
+            raise UserError("--precision fp16 needs a GPU (its gradients need a scaler); on a CPU use bf16 or fp32")
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        return "bf16"  # without these instructions bf16 is emulated, and slower than fp32
+    return "fp32"
+
+
+def autocast(device, precision):
+    """The context of every encoder call. Weights stay fp32; the models leave it for lengths, logits and losses."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+# === evaluation ======================================================================================================
+
+def spread(n, encode, batch=256):
+    """encode(rows) for rows 0 to n - 1 in batches, shared out over the processes -> all features, in order, everywhere.
+
+    Features are a tensor or a named tuple of tensors; they come to rest on the CPU.
+    """
+    def each(features, function):
+        return type(features)(*map(function, features)) if isinstance(features, tuple) else function(features)
+
+    parts = {first: each(encode(range(first, min(first + batch, n))), torch.Tensor.cpu)
+             for first in range(rank() * batch, n, world() * batch)}
+    if world() > 1:
+        gathered = [None] * world()
+        dist.all_gather_object(gathered, parts)
+        parts = {first: part for parts in gathered for first, part in parts.items()}
+    ordered = [parts[first] for first in sorted(parts)]
+    if isinstance(ordered[0], tuple):
+        return type(ordered[0])(*(torch.cat(column) for column in zip(*ordered)))
+    return torch.cat(ordered)
+
+
+def take(features, rows, device):
+    """Some rows of features, on the device."""
+    if isinstance(features, tuple):
+        return type(features)(*(f[rows].to(device) for f in features))
+    return features[rows].to(device)
+
+
+@torch.no_grad()
+def encode_split(model, tokenizer, split, precision):
+    """-> image features (I), text features (T) of every caption, owner (T,): the number of each caption's image."""
+    model.eval()
+    device = model.logit_scale.device
+    texts = [caption for sample in split.samples for caption in sample.captions]
+    owner = torch.tensor([i for i, sample in enumerate(split.samples) for _ in sample.captions])
+    with autocast(device, precision):
+        image_features = spread(len(split), lambda rows: model.encode_image(pixels(split.images, rows).to(device)))
+        text_features = spread(len(texts), lambda rows: model.encode_text(
+            model.tokenize([texts[i] for i in rows], tokenizer).to(device)))
+    return image_features, text_features, owner
+
+
+def pixels(images, rows):
+    """The rows (a range) of uint8 (N, S, S, 3) in NumPy -> (n, 3, S, S) in torch, in the same layout: channels last."""
+    return torch.from_numpy(np.array(images[rows.start:rows.stop])).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def retrieval(model, image_features, text_features, owner, chunk=256):
+    """Recall at 1, 5 and 10 over a whole gallery, in both directions, in percent.
+
+    i2t_r5: the share of images with at least one of their own captions among the five most similar of all captions.
+    t2i_r5: the share of captions whose own image is among the five most similar of all images.
+    What is as similar as the right one counts as more similar, and so does NaN: a collapsed model scores zero, not 100.
+    """
+    device = model.logit_scale.device
+    images, texts = len(owner.unique()), len(owner)
+    own = owner.to(device)
+    image_ranks, text_ranks = [], []
+    for first in range(0, images, chunk):
+        rows = torch.arange(first, min(first + chunk, images))
+        table = model.similarity(take(image_features, rows, device), take(text_features, slice(None), device))  # (i, T)
+        mine = own[None] == rows.to(device)[:, None]
+        best = table.masked_fill(~mine, -math.inf).amax(dim=1, keepdim=True)
+        image_ranks.append((~(table < best) & ~mine).sum(dim=1))
+    for first in range(0, texts, chunk):
+        rows = torch.arange(first, min(first + chunk, texts))
+        table = model.similarity(take(image_features, slice(None), device), take(text_features, rows, device))  # (I, t)
+        right = table.gather(0, own[rows][None])
+        text_ranks.append((~(table < right)).sum(dim=0) - 1)
+    result = {}
+    for direction, ranks in (("i2t", torch.cat(image_ranks)), ("t2i", torch.cat(text_ranks))):
+        for k in (1, 5, 10):
+            result[f"{direction}_r{k}"] = 100 * (ranks < k).float().mean().item()
+    return result
+
+
+@torch.no_grad()
+def zero_shot(model, tokenizer, task, precision):
+    """Accuracy in percent, for each group of pictures. A class scores the mean similarity of its prompts."""
+    model.eval()
+    device = model.logit_scale.device
+    prompts = [prompt for prompts in task.prompts for prompt in prompts]
+    with autocast(device, precision):
+        image_features = spread(len(task.images), lambda rows: model.encode_image(pixels(task.images, rows).to(device)))
+        text_features = take(model.encode_text(model.tokenize(prompts, tokenizer).to(device)), slice(None), "cpu")
+    found, text_features = [], take(text_features, slice(None), device)
+    for first in range(0, len(task.images), 256):
+        table = model.similarity(take(image_features, slice(first, first + 256), device), text_features)
+        table = table.view(len(table), len(task.prompts), -1)  # (images, classes, prompts)
+        found.append(table.mean(dim=2).argmax(dim=1).cpu())
+    right = torch.cat(found).numpy() == task.labels
+    groups = {f"zs_{name}": 100 * right[mask].mean() for name, mask in task.groups.items()}
+    return {"zs_all": 100 * right.mean(), **groups}
+
+
+def evaluate(model, tokenizer, split, task, precision):
+    features = encode_split(model, tokenizer, split, precision)
+    scores = retrieval(model, *features)
+    if task:
+        scores |= zero_shot(model, tokenizer, task, precision)
+    return {name: float(value) for name, value in scores.items()}, features
+
+
+def describe(scores):
+    text = "; ".join(f"{name} R@1/5/10 " + " / ".join(f"{scores[f'{key}_r{k}']:.1f}" for k in (1, 5, 10))
+                     for name, key in (("image to text", "i2t"), ("text to image", "t2i")))
+    if "zs_all" in scores:
+        text += "; zero-shot {zs_all:.1f} (seen pairs {zs_seen:.1f}, unseen {zs_unseen:.1f})".format(**scores)
+    return text
+
+
+def gallery(split):
+    texts = sum(len(sample.captions) for sample in split.samples)
+    return (f"{split.name}: {len(split)} images x {texts} captions; chance R@1 is {100 / len(split):.2f} % "
+            "(an image may find any caption of its own)")
+
+
+def draw_retrieval(path, model, split, features, rows=6):
+    """A picture: captions, each with the five images most similar to it; its own image is framed in green."""
+    image_features, text_features, owner = features
+    device = model.logit_scale.device
+    captions = [caption for sample in split.samples for caption in sample.captions]
+    chosen = []
+    for i in torch.linspace(0, len(split) - 1, min(rows, len(split))).long().tolist():  # the longest caption of each
+        chosen.append(max((t for t in range(len(owner)) if owner[t] == i), key=lambda t: len(captions[t])))
+    with torch.no_grad():
+        table = model.similarity(take(image_features, slice(None), device), take(text_features, chosen, device)).T.cpu()
+    side, gap, text_height = 128, 12, 44
+    texts = [captions[t] for t in chosen]
+    font, small = load_font(15, "".join(texts)), ImageFont.load_default(11)
+    if font is None:
+        say("no font for Hangul here (NotoSansCJK or NanumGothic, for example), so the picture numbers its captions: "
+            + "; ".join(f"({i + 1}) {text}" for i, text in enumerate(texts)))
+        font, texts = ImageFont.load_default(15), [f"caption {i + 1}" for i in range(len(texts))]
+    sheet = Image.new("RGB", (5 * (side + gap) + gap, len(chosen) * (side + text_height + 3 * gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, t in enumerate(chosen):
+        y = gap + row * (side + text_height + 3 * gap)
+        lines = [""]
+        for word in texts[row].split():  # two lines at most, both just above the images
+            longer = f"{lines[-1]} {word}".strip()
+            fits = pen.textlength(longer, font=font) < sheet.width - 4 * gap
+            lines[-1:] = [longer] if fits else [lines[-1], word]
+        text = "\n".join(lines[:2]) + (" ..." if len(lines) > 2 else "")
+        pen.multiline_text((gap, y + text_height - 6), text, fill="black", font=font, anchor="ld", spacing=3)
+        for column, i in enumerate(table[row].argsort(descending=True)[:5].tolist()):
+            x, top = gap + column * (side + gap), y + text_height
+            sheet.paste(Image.fromarray(split.images[i]).resize((side, side), Image.BICUBIC), (x, top))
+            pen.text((x, top + side + 4), f"cosine {table[row, i]:.2f}", fill="gray", font=small)
+            if i == owner[t]:
+                pen.rectangle((x - 4, top - 4, x + side + 3, top + side + 3), outline=(30, 160, 60), width=4)
+    sheet.save(path)
+
+
+def load_font(size, text):
+    """Pillow's own font; for Hangul the first of the usual system fonts that is here, or None."""
+    if any("\uac00" <= c <= "\ud7a3" for c in text):
+        for name in ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "AppleSDGothicNeo.ttc", "malgun.ttf"):
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, size)
+        return None
+    return ImageFont.load_default(size)
+
+
+# === checkpoints =====================================================================================================
+
+def save(path, **content):
+    """Write a checkpoint, whole or not at all; plain types and tensors only, so that loading it runs no code."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    try:
+        data.write_atomically(path, buffer.getbuffer())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}. The checkpoint that was there before is untouched; "
+                        "make room, then go on with --resume") from None
+
+
+def read_checkpoint(path):
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for a file that is none
+        raise UserError(f"{path} is no checkpoint of train.py ({type(error).__name__})") from None
+    if not isinstance(content, dict) or not {"model", "config", "tokenizer", "weights", "args"} <= set(content):
+        raise UserError(f"{path} is no checkpoint of train.py; published weights are for the models' from_pretrained")
+    if content["model"] not in MODELS:
+        raise UserError(f"{path} holds a model {content['model']!r}; known: {', '.join(MODELS)}")
+    return content
+
+
+def load(path, device="cpu"):
+    """A checkpoint -> (model in evaluation mode, tokenizer, preprocess), all that is needed to use it.
+
+    preprocess(picture): a path, bytes or a PIL image -> uint8 (3, S, S); encode_image takes a batch of them.
+    """
+    content = read_checkpoint(path)
+    module, Model = MODELS[content["model"]]
+    try:
+        model = Model(module.Config(**content["config"]))
+        module.load_strictly(model, content["weights"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} was written by another version of {module.__name__}.py: {error}") from None
+    tokenizer = data.tokenizer_from(content["tokenizer"])
+    return model.eval().to(device), tokenizer, functools.partial(preprocess, model.config)
+
+
+def preprocess(config, picture):
+    try:
+        image = data.read_picture(picture, config.image_size, getattr(config, "fit", "crop"))
+    except data.PictureError as error:
+        raise UserError(f"{'the picture' if isinstance(picture, bytes) else picture}: {error}") from None
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)
+
+
+# === training ========================================================================================================
+
+def learning_rate(step, steps, peak, warmup):
+    """Linear up to the peak over the first `warmup` of the steps, then half a cosine down to zero."""
+    ramp = round(warmup * steps)
+    if step < ramp:
+        return peak * (step + 1) / ramp
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+
+def make_optimizer(model, weight_decay, image_lr=1.0):
+    """AdamW; no decay on gains, biases, embeddings and logit_scale, which a pull to zero would not make simpler.
+
+    image_lr: the learning rate of the image tower's matrices, as a multiple of the others'.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        decay = p.ndim >= 2 and "embedding" not in name
+        scale = image_lr if decay and name.startswith("image_encoder.") else 1.0
+        groups.setdefault((decay, scale), []).append(p)
+    groups = [{"params": params, "weight_decay": weight_decay * decay, "scale": scale}
+              for (decay, scale), params in groups.items()]
+    fused = model.logit_scale.device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+
+
+class Interrupt:
+    """In a with block, SIGINT and SIGTERM ask the loop to stop after its step; the second one stops at once."""
+    def __enter__(self):
+        self.signal, self.before = None, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread, as in some notebooks
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def asked(self, device):
+        """Whether any process was asked, so that all of them stop after the same step."""
+        if world() == 1:
+            return bool(self.signal)
+        flag = torch.tensor(float(bool(self.signal)), device=device)
+        dist.all_reduce(flag)
+        return bool(flag)
+
+
+class Log:
+    """log.csv: a row now and then, with the validation figures in the last row of an epoch."""
+    columns = ["step", "epoch", "samples", "loss", "lr", "logit_scale", "images_per_s", "wait"] + [
+        f"{d}_r{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)] + ["zs_all", "zs_seen", "zs_unseen"]
+
+    def __init__(self, path, step=0):
+        self.path = path
+        kept = []
+        if step and path.exists():  # resumed: what was logged after the checkpoint will be logged again
+            with open(path, newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row["step"].isdecimal() and int(row["step"]) <= step]
+        content = io.StringIO()
+        writer = csv.DictWriter(content, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+        data.write_atomically(path, content.getvalue().encode())
+
+    def write(self, **row):
+        row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        try:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        except OSError as error:  # a lost row is no reason to lose the run
+            say(f"cannot write {self.path}: {error.strerror}")
+
+
+def first_on_each_machine(function):
+    """Call it in one process a machine, then in the others: the first one builds the caches and downloads."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        result = function()
+    if world() > 1:
+        dist.barrier()
+    return result if int(os.environ.get("LOCAL_RANK", 0)) == 0 else function()
+
+
+def make_model(args, module, Model, config, recipe, texts):
+    """-> model, tokenizer: from the recipe's backbones, or fresh with a tokenizer trained on the captions."""
+    if recipe.get("backbones") and not args.scratch:
+        folder = Path(args.cache) / "weights"
+        try:
+            files = {name: data.download(url, folder / url.split("/")[-1], sha256=sha256)
+                     for name, (url, sha256) in recipe["backbones"].items()}
+        except UserError as error:
+            raise UserError(f"{error}; or train from random weights with --scratch") from None
+        tokenizer = data.WordPiece.from_file(files.pop("vocab"))
+        try:
+            return Model.from_backbones(**files, config=config), tokenizer
+        except ValueError as error:
+            raise UserError(f"{error}\nDelete {folder} to download it again, or use --scratch") from None
+    tokenizer = data.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
+    return Model(replace(config, vocab_size=len(tokenizer))), tokenizer
+
+
+def check_texts(model, tokenizer, split):
+    """Say how long the captions are in tokens, and how many are cut."""
+    texts = [caption for sample in split.samples for caption in sample.captions]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokens = model.tokenize(texts, tokenizer)
+    warnings.filterwarnings("ignore", message="texts of more than")  # said here, once, for all of them
+    length = (tokens != tokenizer.pad_id).sum() / len(texts)
+    say(f"captions: {len(texts):,} of {length:.1f} tokens on average, with start and end; vocabulary {len(tokenizer):,}"
+        + "".join(f"; {w.message}" for w in caught))
+
+
+def choose(args):
+    """The model's file, class, configuration and recipe; flags that were not given get the recipe's values."""
+    if args.model not in MODELS:
+        raise UserError(f"--model {args.model}: unknown; known: {', '.join(MODELS)}")
+    module, Model = MODELS[args.model]
+    args.config = args.config or ("tiny" if args.data in data.GENERATED else next(iter(module.CONFIGS)))
+    if args.config not in module.CONFIGS:
+        known = ", ".join(module.CONFIGS)
+        raise UserError(f"--config {args.config}: {args.model} has no such configuration; known: {known}")
+    recipe = module.RECIPES[args.config]
+    for name in ("batch", "epochs", "lr", "image_lr", "weight_decay", "warmup"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    if not 0 <= args.warmup < 1:
+        raise UserError(f"--warmup {args.warmup}: a fraction of the run, 0 <= warmup < 1; else --lr is never reached")
+    for name in ("epochs", "lr", "image_lr"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above zero")
+    if not 0 <= args.weight_decay < math.inf:
+        raise UserError(f"--weight-decay {args.weight_decay}: expected zero or more")
+    if not 0 <= args.seed < 2 ** 31:
+        raise UserError(f"--seed {args.seed}: expected 0 to 2147483647")
+    if args.out and (Path(args.out) / "last.pt").exists() and not args.checkpoint:
+        raise UserError(f"--out {args.out} holds a run already: go on with --resume {args.out}, or name another folder")
+    return module, Model, module.CONFIGS[args.config], recipe
+
+
+def make_folder(args):
+    """The run's folder: --out, or the first of runs/MODEL-DATA, ...-2, ...-3 that is not there yet."""
+    try:
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            return Path(args.out)
+        name = f"{args.model}-{Path(args.data).resolve().stem}"
+        for i in itertools.count(1):
+            folder = Path("runs") / (name if i == 1 else f"{name}-{i}")
+            with contextlib.suppress(FileExistsError):  # so that two runs at once never share a folder
+                folder.mkdir(parents=True)
+                return folder
+    except OSError as error:
+        raise UserError(f"cannot make {args.out or 'runs'}: {error.strerror}; name another folder with --out") from None
+
+
+def train(args):
+    """One run, from the first step or from a checkpoint's, to its table row."""
+    device = pick_device()
+    began = time.time()
+    resumed = read_checkpoint(args.checkpoint) if args.checkpoint else None
+    module, Model, config, recipe = choose(args)
+    precision = pick_precision(device, args.precision)
+
+    # --- data ---
+    training, validation = first_on_each_machine(lambda: [load_split(args, config, name) for name in ("train", "val")])
+    task = data.load_zero_shot(args.data, config.image_size)
+
+    # --- model ---
+    torch.manual_seed(args.seed)
+    if resumed:
+        tokenizer = data.tokenizer_from(resumed["tokenizer"])
+        model = Model(module.Config(**resumed["config"]))
+        model.load_state_dict(resumed["weights"])
+    else:
+        texts = [text for s in training.samples for text in (*s.captions, s.long, s.web) if text]
+        model, tokenizer = first_on_each_machine(lambda: make_model(args, module, Model, config, recipe, texts))
+    model.to(device)
+    check_texts(model, tokenizer, training)
+    loader = data.Loader(training, args.batch, lambda samples, rngs: model.text_batch(samples, rngs, tokenizer),
+                         seed=args.seed, rank=rank(), world=world())
+    optimizer = make_optimizer(model, args.weight_decay, args.image_lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    network = model
+    if world() > 1:
+        network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    # --- the run ---
+    per_epoch = loader.steps_per_epoch
+    steps, step, best, minutes = math.ceil(args.epochs * per_epoch), 0, -1.0, 0.0
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        step, best, minutes = resumed["step"], resumed["best"], resumed["minutes"]
+        if resumed["images"] != len(training):
+            raise UserError(f"{args.checkpoint} is of a run on {resumed['images']:,} training images; here are "
+                            f"{len(training):,}: with other data it would not be the same run")
+        if step >= steps:
+            raise UserError(f"{args.checkpoint} is the end of its run: {step} steps of {steps}; nothing to resume")
+    if rank() == 0:
+        folder = Path(args.checkpoint).parent if resumed else make_folder(args)
+        try:
+            log = Log(folder / "log.csv", step)
+        except OSError as error:
+            raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder with --out") from None
+    processes = f" x {world()}" if world() > 1 else ""
+    say(f"{args.model} {args.config} on {args.data}: {device.type}{processes}, {precision}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(training):,} training images, "
+        f"{len(validation):,} validation; batch {args.batch}, {per_epoch} steps an epoch, {steps:,} in all; "
+        f"an untrained model's loss is about ln {args.batch} = {math.log(args.batch):.2f}")
+    say(gallery(validation) + (f"; zero-shot: {len(task.images)} pictures, {len(task.prompts)} classes, chance "
+                               f"{100 / len(task.prompts):.1f} %" if task else ""))
+
+    def checkpoint(name):
+        if rank() == 0:
+            save(folder / name, model=args.model, config=asdict(model.config), tokenizer=tokenizer.state(),
+                 weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
+                 images=len(training), best=best, minutes=minutes + (time.time() - began) / 60, args=vars(args),
+                 torch=str(torch.__version__))
+
+    # --- the loop ---
+    waited, since, seen = 0.0, time.time(), 0
+    batches = loader.stream(step, steps)
+    with Interrupt() as interrupt, tqdm(total=steps, initial=step, unit=" steps", **data.bar_options()) as bar:
+        while step < steps:
+            network.train()
+            fetched = time.time()
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+            waited += time.time() - fetched
+            lr = learning_rate(step, steps, args.lr, args.warmup)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = lr * parameters["scale"]
+            torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + rank())  # dropout's
+            with autocast(device, precision):
+                losses = network(**batch)
+            scaler.scale(losses["loss"]).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(100))  # as in the CLIP paper: more makes training unstable
+            step, seen = step + 1, seen + args.batch
+            bar.update()
+
+            stop = interrupt.asked(device)
+            ended = step % per_epoch == 0 or step == steps
+            if ended or stop or step % 20 == 0:
+                loss, scale = mean_over_processes(losses["loss"]), model.logit_scale.exp().item()
+                if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                    raise UserError(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {step} "
+                                    f"(learning rate {lr:.2g}, logit scale {scale:.1f}): stopped; what was saved is "
+                                    "from before. Try a new run with a lower --lr, or --precision fp32")
+                rate, wait = seen / (time.time() - since), waited / (time.time() - since)
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:.0f} images/s, {wait:.0%} waiting for data")
+                row = dict(step=step, epoch=step / per_epoch, samples=step * args.batch, loss=loss, lr=lr,
+                           logit_scale=scale, images_per_s=rate, wait=wait)
+                scores = {}
+                if ended:
+                    scores, _ = evaluate(model, tokenizer, validation, task, precision)
+                    bar.clear()
+                    say(f"epoch {step / per_epoch:.3g}: loss {loss:.3f}, {rate:.0f} images/s, "
+                        f"{wait:.1%} waiting for data; {describe(scores)}")
+                if rank() == 0:
+                    log.write(**row, **scores)
+                if ended:
+                    mean = (scores["i2t_r1"] + scores["t2i_r1"]) / 2
+                    better, best = mean > best, max(mean, best)
+                    if better:
+                        checkpoint("best.pt")
+                    checkpoint("last.pt")  # after best.pt: a run killed between the two evaluates this epoch again
+                    since, seen, waited = time.time(), 0, 0.0
+                elif stop:
+                    checkpoint("last.pt")
+                if stop and step < steps:
+                    if rank() == 0:
+                        say(f"stopped after step {step} of {steps}; go on with: python train.py --resume {folder}")
+                    sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+    first = rank() == 0
+    if world() > 1:  # the test is for one process, after the last checkpoint is on the disk
+        dist.barrier()
+        dist.destroy_process_group()
+    if first:
+        finish(args, folder, minutes + (time.time() - began) / 60)
+
+
+def mean_over_processes(value):
+    value = value.detach().clone()
+    if world() > 1:
+        dist.all_reduce(value)
+    return value.item() / world()
+
+
+def finish(args, folder, minutes):
+    """The end of a run: best.pt on the test split, its table row, its picture and the commands that use it."""
+    row = test(args, folder / "best.pt", pick_device(), minutes)
+    labels = {"shapes": '"a red star" "a blue circle"', "shapes-ko": '"빨간색 별" "파란색 원"'}.get(
+        args.data, '"a photo of a dog" "a photo of a cat"')
+    say(f"\n{row}\n\npicture:  {folder}/retrieval.png\n"
+        f"use it:   python {args.model}.py {folder}/best.pt PICTURE {labels}\n"
+        f"again:    python train.py --eval {folder}/best.pt")
+
+
+def load_split(args, config, name):
+    return data.load(args.data, name, config.image_size, args.root, getattr(config, "fit", "crop"), args.cache)
+
+
+def test(args, path, device, minutes=None):
+    """A checkpoint on the test split -> its table row; the picture goes beside the checkpoint."""
+    content = read_checkpoint(path)
+    model, tokenizer, _ = load(path, device)
+    split = first_on_each_machine(lambda: load_split(args, model.config, "test"))
+    task = data.load_zero_shot(args.data, model.config.image_size)
+    scores, features = evaluate(model, tokenizer, split, task, pick_precision(device, args.precision))
+    if rank() == 0:
+        try:
+            draw_retrieval(Path(path).parent / "retrieval.png", model, split, features)
+        except OSError as error:
+            say(f"cannot write the picture: {error}")
+    say(gallery(split))
+    columns = {"model": f"{content['model']} {content['args']['config']}", "data": split.name,
+               "I2T R@1 / 5 / 10": " / ".join(f"{scores[f'i2t_r{k}']:.1f}" for k in (1, 5, 10)),
+               "T2I R@1 / 5 / 10": " / ".join(f"{scores[f't2i_r{k}']:.1f}" for k in (1, 5, 10))}
+    if task:
+        columns["zero-shot seen / unseen / all"] = "{zs_seen:.1f} / {zs_unseen:.1f} / {zs_all:.1f}".format(**scores)
+    minutes = content["minutes"] if minutes is None else minutes
+    columns |= {"best at step": f"{content['step']:,}", "minutes": f"{minutes:.1f}"}
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), columns.values()))
+
+
+# === the command line ================================================================================================
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="Train or evaluate a CLIP-family model.")
+    add = parser.add_argument
+    add("--model", default="liteclip", help=f"one of {', '.join(MODELS)} (default liteclip)")
+    add("--config", help="a size of that model (default: tiny for shapes, else the first of its CONFIGS)")
+    add("--data", default="shapes", help=f"{', '.join(data.NAMES)}, or your own folder, .csv or .json (default shapes)")
+    add("--root", help="where the files of a named data set lie (default: download flickr8k to data/flickr8k)")
+    add("--cache", default="data/cache", help="where decoded pictures and published weights go (default data/cache)")
+    add("--out", help="the run's folder (default runs/MODEL-DATA)")
+    add("--scratch", action="store_true", help="start from random weights where the recipe starts from published ones")
+    # training; what is not given comes from the recipe of the configuration
+    add("--epochs", type=float, help="passes over the training images")
+    add("--batch", type=int, help="images a step, over all processes together")
+    add("--lr", type=float, help="peak learning rate")
+    add("--image-lr", type=float, help="that of the image tower's matrices, as a multiple of --lr")
+    add("--weight-decay", type=float)
+    add("--warmup", type=float, help="share of the steps in which the learning rate rises, 0 to 1")
+    add("--seed", type=int, default=0)
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="(default: what the device is best at)")
+    # instead of a new run
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", metavar="RUN", help="go on with the run in this folder; its settings come from its last.pt")
+    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split of what it was trained on, or of --data")
+    return parser, parser.parse_args(argv)
+
+
+def settle(argv):
+    """The flags; for --resume and --eval those of the checkpoint, of which only the places of files may change."""
+    parser, args = parse(argv)
+    path = Path(args.resume) / "last.pt" if args.resume and Path(args.resume).is_dir() else args.resume or args.eval
+    if path:
+        saved = read_checkpoint(path)["args"]
+        parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "eval")})
+        args = parser.parse_args(argv)
+        movable = {"resume", "eval", "cache", "root", "checkpoint"} | ({"data", "precision"} if args.eval else set())
+        for name, value in vars(args).items():
+            if name not in movable and value != saved.get(name, value):
+                what = "an evaluation" if args.eval else "a resumed run"
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {value} does not go with {path}, where it is {saved[name]}; "
+                                f"{what} takes its settings from the checkpoint")
+    args.checkpoint = str(path) if args.resume else None
+    return args
+
+
+def main(argv=None):
+    try:
+        args = settle(argv)
+        if "RANK" in os.environ:  # under torchrun
+            gpu = torch.cuda.is_available()
+            if gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise UserError(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node to that")
+            if gpu:
+                torch.cuda.set_device(pick_device())
+            # a long timeout: the others wait while one process downloads and decodes
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6))
+        if args.eval:
+            say(test(args, args.eval, pick_device()))
+        else:
+            train(args)
+    except UserError as error:
+        sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: out of GPU memory ({str(error).splitlines()[0]}); lower --batch, or use more GPUs")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
