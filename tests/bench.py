@@ -1,0 +1,126 @@
+"""Timings, as ratios of two things measured in turn in one process. Not a test: timings vary, tests must not.
+
+    python tests/bench.py step        # one liteclip training step against the published stack
+                                      # (needs: pip install timm transformers)
+    python tests/bench.py shapes      # drawing 10,000 pictures
+    python tests/bench.py tokens      # training the tokenizer and encoding with it
+"""
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import liteclip  # noqa: E402
+import train  # noqa: E402
+
+
+def in_turns(functions, turns=5):
+    """Seconds of each function, the median over `turns` rounds that call each of them once, after one to warm up."""
+    seconds = {name: [] for name in functions}
+    for turn in range(turns + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}, seconds
+
+
+def published_stack():
+    """liteCLIP as published (timm's ConvNeXt-T, transformers' BERT-mini, two heads), with random weights for timing."""
+    import timm
+    from transformers import BertConfig, BertModel
+
+    class Head(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.proj, self.ln, self.dropout = nn.Linear(width, 256), nn.LayerNorm(256), nn.Dropout(0.1)
+
+        def forward(self, x):
+            p = self.proj(x)
+            return p + self.ln(self.dropout(F.gelu(p)))
+
+    class Published(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image = timm.create_model("convnext_tiny", pretrained=False, num_classes=0)
+            self.text = BertModel(BertConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
+                                             intermediate_size=1024))
+            self.image_head, self.text_head = Head(768), Head(256)
+            self.scale = nn.Parameter(torch.tensor(2.6592))
+
+        def forward(self, images, ids, mask):
+            hidden = self.text(input_ids=ids, attention_mask=mask).last_hidden_state
+            mask = mask[..., None].float()
+            v = F.normalize(self.text_head((hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)), dim=-1)
+            u = F.normalize(self.image_head(self.image(images)), dim=-1)
+            logits, labels = self.scale.exp() * u @ v.T, torch.arange(len(u))
+            return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    return Published().train()
+
+
+def step(batch=32):
+    torch.manual_seed(0)
+    tokens = torch.zeros(batch, 128, dtype=torch.long)
+    lengths = [8 + i % 16 for i in range(batch)]  # 8 to 23 tokens; Flickr8k's captions: 14 on average, markers included
+    for i, n in enumerate(lengths):
+        tokens[i, :n] = torch.randint(1000, 30000, (n,))
+    pictures = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
+    floats = torch.randn(batch, 3, 224, 224)
+
+    theirs = published_stack()
+    adam = torch.optim.Adam(theirs.parameters(), lr=2e-4)
+
+    def published():
+        loss = theirs(floats, tokens, (tokens != 0).long())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+    functions = {"published, fp32, padded to 128": published}
+    for precision in ("fp32", "bf16"):
+        model = liteclip.LiteCLIP(liteclip.CONFIGS["liteclip"]).train()
+        optimizer = train.make_optimizer(model, 0.05)
+
+        def ours(model=model, optimizer=optimizer, precision=precision):
+            with train.autocast(torch.device("cpu"), precision):
+                loss = model(images=pictures, tokens=tokens[:, :max(lengths)])["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        functions[f"liteclip.py, {precision}"] = ours
+    medians, _ = in_turns(functions)
+    reference = medians["published, fp32, padded to 128"]
+    for name, seconds in medians.items():
+        print(f"{name:32} {seconds:6.2f} s a step of {batch}   {reference / seconds:4.1f} x")
+
+
+def shapes(n=10_000):
+    def draw():
+        for i in range(n):
+            data.draw(data.make_scene(f"0/train/{i}"), 64)
+    medians, _ = in_turns({"draw": draw}, turns=3)
+    print(f"{n:,} pictures of 64 x 64 in {medians['draw']:.1f} s on one core")
+
+
+def tokens():
+    texts = [text for i in range(6000) for text in data.captions(data.make_scene(f"0/train/{i}"))]
+    medians, _ = in_turns({"train": lambda: data.BPE.train(texts),
+                           "encode": lambda: [data.BPE.train([]).encode(t) for t in texts[:1000]]}, turns=3)
+    print(f"tokenizer of {len(texts):,} captions trained in {medians['train']:.2f} s")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in ("step", "shapes", "tokens"):
+        sys.exit(__doc__)
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    globals()[sys.argv[1]]()

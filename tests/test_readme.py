@@ -1,0 +1,92 @@
+"""What the README says is true: its code runs, its commands are understood, its tables agree with the files."""
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import liteclip
+import train
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCSTRINGS = train.__doc__ + liteclip.__doc__
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """runs/liteclip-shapes/best.pt as the first command leaves it, but hardly trained, and a picture."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SHAPES_COUNTS", {"train": 64, "val": 16, "test": 16})
+    train.main(["--epochs", "0.5", "--batch", "8", "--precision", "fp32"])
+    Image.fromarray(data.draw(data.make_scene("readme"))).save("photo.png")
+    return tmp_path / "runs" / "liteclip-shapes" / "best.pt"
+
+
+def test_the_first_command_and_the_code_that_uses_its_checkpoint(capsys, checkpoint):
+    assert checkpoint.exists()
+    printed = capsys.readouterr().out
+    assert "| liteclip tiny | shapes test |" in printed
+    assert "use it:   python liteclip.py runs/liteclip-shapes/best.pt" in printed
+    (code,) = [block for block in blocks("python") if "train.load" in block]
+    exec(code, {})
+    probabilities = [float(p) for p in re.findall(r"\d\.\d+", capsys.readouterr().out)]
+    assert len(probabilities) == 2 and sum(probabilities) == pytest.approx(1, abs=1e-3)
+    train.main(["--eval", str(checkpoint)])
+    assert "| liteclip tiny | shapes test |" in capsys.readouterr().out
+
+
+def commands():
+    text = "\n".join([*blocks("sh"), *re.findall(r"`(python train\.py[^`]*|torchrun [^`]*)`", README),
+                      *re.findall(r"^    ((?:python|torchrun) .*)$", DOCSTRINGS, flags=re.MULTILINE)])
+    return sorted({line.split("#")[0].strip() for part in text.replace(" && ", "\n").splitlines() for line in [part]
+                   if "train.py" in line})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command):
+    words = shlex.split(command)
+    words = words[words.index("train.py") + 1:]
+    if words == ["--help"]:
+        return
+    _, args = train.parse(words)
+    if not (args.resume or args.eval):
+        module, Model, config, recipe = train.choose(args)
+        assert "--config" in words or args.config == ("tiny" if args.data in data.GENERATED else "liteclip")
+        assert args.data in data.NAMES or args.data.endswith(".csv")
+
+
+def test_the_example_table_is_one_that_data_reads(tmp_path):
+    (table,) = blocks("csv")
+    (tmp_path / "pictures.csv").write_text(table)
+    for name in ("dogs/1.jpg", "cats/7.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name)
+    dog, cat = data.own_pictures(str(tmp_path / "pictures.csv"))
+    assert dog.captions == ["a dog runs on the beach", "a brown dog, and the sea"]
+    assert (dog.split, cat.split) == ("train", "val")
+
+
+def test_line_counts_and_links():
+    for name, lines in re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \| [\d,]+ \|$", README, flags=re.MULTILINE):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_nothing_but_the_requirements_is_imported():
+    allowed = {"torch", "torchvision", "PIL", "numpy", "tqdm", "data", "train", "liteclip"}
+    import ast
+    import sys
+    for name, extra in (("liteclip.py", {"torch"}), ("data.py", allowed), ("train.py", allowed)):
+        for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:
+            for module in [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                    [node.module] if isinstance(node, ast.ImportFrom) else []:
+                assert module.split(".")[0] in extra | set(sys.stdlib_module_names), (name, module)

@@ -1,0 +1,381 @@
+"""train.py: the metrics by hand, resuming bit for bit, two processes against one, and each message for a mistake."""
+import csv
+import errno
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import liteclip
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """40 pictures of shapes as somebody's own data: a folder with captions.csv, 24 to train on, 8 and 8 to test."""
+    folder = tmp_path_factory.mktemp("own")
+    with open(folder / "captions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption", "split"])
+        for i in range(40):
+            scene = data.make_scene(f"test/{i}")
+            Image.fromarray(data.draw(scene)).save(folder / f"{i}.png")
+            for caption in data.captions(scene):
+                writer.writerow([f"{i}.png", caption, ("train", "val", "test")[max(0, i - 24) // 8 + (i >= 24)]])
+    return folder
+
+
+def arguments(pictures, out, *more):
+    return ["--data", str(pictures), "--config", "tiny", "--batch", "8", "--epochs", "3", "--precision", "fp32",
+            "--cache", str(pictures / "cache"), "--out", str(out), *more]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a), [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    """A whole run of three epochs, nine steps, that the tests below look at."""
+    folder = tmp_path_factory.mktemp("run")
+    train.main(arguments(pictures, folder))
+    return folder
+
+
+# --- metrics ---
+
+class Table:
+    """A model whose similarities are a given table: features are row and column numbers."""
+    logit_scale = torch.zeros(())
+
+    def __init__(self, table):
+        self.table = torch.tensor(table)
+
+    def similarity(self, rows, columns):
+        return self.table[rows][:, columns]
+
+
+def recall(table, owner, **options):
+    model = Table(table)
+    return train.retrieval(model, torch.arange(len(table)), torch.arange(len(owner)), torch.tensor(owner), **options)
+
+
+def test_retrieval_by_hand():
+    # Three images; captions 0 and 1 belong to image 0, 2 to image 1, 3 to image 2.
+    result = recall([[0.1, 0.9, 0.5, 0.2],    # best: caption 1, its own                      -> found at 1
+                     [0.0, 0.3, 0.4, 0.6],    # caption 3 before its own 2                    -> found at 2
+                     [0.8, 0.7, 0.6, 0.5]],   # its own caption 3 comes last                  -> found at 4
+                    [0, 0, 1, 2])
+    # captions: 0 finds image 2, then its own; 1 its own; 2 finds images 2 and 0, then its own; 3 image 1, then its own
+    assert result["i2t_r1"] == pytest.approx(100 / 3) and result["i2t_r5"] == pytest.approx(100)
+    assert result["t2i_r1"] == pytest.approx(25) and result["t2i_r5"] == pytest.approx(100)
+
+
+def test_retrieval_equals_a_slow_loop_and_chunks_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    owner = [i for i in range(30) for _ in range(1 + i % 4)]
+    table = torch.rand(30, len(owner), generator=generator).tolist()
+    for i, t in zip(owner[::2], range(0, len(owner), 2)):
+        table[i][t] += 0.4
+    slow = {}
+    for k in (1, 5, 10):
+        slow[f"i2t_r{k}"] = 100 * np.mean([
+            any(owner[t] == i for t in sorted(range(len(owner)), key=lambda t: -table[i][t])[:k]) for i in range(30)])
+        slow[f"t2i_r{k}"] = 100 * np.mean([
+            owner[t] in sorted(range(30), key=lambda i: -table[i][t])[:k] for t in range(len(owner))])
+    assert recall(table, owner) == pytest.approx(slow, rel=1e-5)
+    assert recall(table, owner, chunk=7) == pytest.approx(slow, rel=1e-5)
+
+
+def test_a_model_that_cannot_tell_anything_apart_scores_zero():
+    for value in (0.5, math.nan):
+        result = recall([[value] * 40] * 20, [i // 2 for i in range(40)])
+        assert result["i2t_r10"] == result["t2i_r10"] == 0
+
+
+def test_zero_shot_by_hand():
+    class Model(Table):
+        def eval(self): pass
+        def encode_image(self, images): return images[:, 0, 0, 0].long()
+        def tokenize(self, prompts, tokenizer): return torch.tensor([int(p) for p in prompts])
+        def encode_text(self, tokens): return tokens
+    # two classes with two prompts each; class 0 wins by its mean for image 0 though class 1 has the best single prompt
+    model = Model([[0.6, 0.6, 0.9, 0.0], [0.0, 0.1, 0.2, 0.3], [0.9, 0.9, 0.1, 0.1]])
+    images = np.arange(3, dtype=np.uint8).repeat(3).reshape(3, 1, 1, 3)
+    task = data.ZeroShot(images, np.array([0, 1, 1]), [["0", "1"], ["2", "3"]],
+                         {"seen": np.array([True, True, False]), "unseen": np.array([False, False, True])})
+    result = train.zero_shot(model, None, task, "fp32")
+    assert result == {"zs_all": pytest.approx(200 / 3), "zs_seen": 100, "zs_unseen": 0}
+
+
+# --- the parts of a run ---
+
+def test_learning_rate_by_hand():
+    rates = [train.learning_rate(step, 20, 1.0, 0.2) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0
+    assert rates[12] == pytest.approx(0.5) and 0 < rates[19] < 0.02
+    assert train.learning_rate(0, 10, 1.0, 0.0) == 1.0
+    assert max(train.learning_rate(step, n, 1.0, 0.1) for n in range(1, 40) for step in range(n)) <= 1.0
+
+
+def test_no_decay_on_gains_biases_embeddings_and_the_scale():
+    model = liteclip.LiteCLIP(liteclip.CONFIGS["tiny"])
+    groups = train.make_optimizer(model, 0.1, image_lr=2.0).param_groups
+    decayed, kept = ({id(p) for group in groups if bool(group["weight_decay"]) == decay for p in group["params"]}
+                     for decay in (True, False))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, kept = {names[p] for p in decayed}, {names[p] for p in kept}
+    assert decayed == {name for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name}
+    faster = {names[id(p)] for group in groups if group["scale"] == 2 for p in group["params"]}
+    assert faster == {name for name in decayed if name.startswith("image_encoder.")}
+    assert {"logit_scale", "text_encoder.token_embedding.weight", "image_encoder.stem.0.bias"} <= kept
+
+
+@pytest.mark.parametrize("device, capability, native, expected", [
+    ("cuda", (9, 0), False, "bf16"), ("cuda", (7, 5), False, "fp16"), ("cpu", None, True, "bf16"),
+    ("cpu", None, False, "fp32"), ("mps", None, False, "fp32")])
+def test_precision_follows_the_device(monkeypatch, device, capability, native, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+    assert train.pick_precision(SimpleNamespace(type=device)) == expected
+
+
+def test_a_run_leaves_what_it_promises(run):
+    assert {"last.pt", "best.pt", "log.csv", "retrieval.png"} == {path.name for path in run.iterdir()}
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert [int(row["step"]) for row in rows] == [3, 6, 9] and all(row["i2t_r1"] for row in rows)
+    assert math.isfinite(float(rows[-1]["loss"])) and float(rows[-1]["lr"]) < float(rows[0]["lr"])
+    assert Image.open(run / "retrieval.png").size[0] > 400
+
+
+def test_load_gives_all_that_is_needed(run, pictures):
+    model, tokenizer, preprocess = train.load(run / "best.pt")
+    assert not model.training and tokenizer.decode(tokenizer.encode("a red star")) == "a red star"
+    image = preprocess(pictures / "0.png")
+    assert image.dtype == torch.uint8 and image.shape == (3, 64, 64)
+    assert (image.permute(1, 2, 0).numpy() == np.asarray(Image.open(pictures / "0.png"))).all()
+
+
+def test_zero_shot_pipeline(run, pictures):
+    pipeline = liteclip.ZeroShotPipeline(run / "best.pt")
+    labels = ["a red star", "a blue circle", "a dark background"]
+    predictions = pipeline.predict(pictures / "0.png", labels)
+    assert sorted(label for label, _ in predictions) == sorted(labels)
+    assert sum(p for _, p in predictions) == pytest.approx(1, abs=1e-5)
+    cosines = pipeline.cosines(pictures / "0.png", labels)
+    assert predictions[0][0] == labels[cosines.argmax()]
+    assert len(pipeline.predict(pictures / "0.png", labels, top_k=1)) == 1
+    with pytest.raises(ValueError, match="a list of two or more, got"):
+        pipeline.predict(pictures / "0.png", ["a red star"])
+
+
+# --- nothing lost ---
+
+def stop_after(monkeypatch, step):
+    """As if a signal came in that step."""
+    steps = iter(range(1, 1000))
+    monkeypatch.setattr(train.Interrupt, "asked", lambda self, device: next(steps) == step)
+
+
+@pytest.mark.parametrize("step", [2, 3])  # in the middle of an epoch, and at its end
+def test_resumed_equals_uninterrupted_bit_for_bit(run, pictures, tmp_path, monkeypatch, step, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(arguments(pictures, tmp_path))
+        assert stopped.value.code == 128 + signal.SIGTERM
+    assert f"stopped after step {step} of 9; go on with: python train.py --resume {tmp_path}" in capsys.readouterr().out
+    torch.manual_seed(123)
+    train.main(["--resume", str(tmp_path)])
+    assert_same_weights(weights(tmp_path / "last.pt"), weights(run / "last.pt"))
+    assert [row["step"] for row in csv.DictReader(open(tmp_path / "log.csv")) if row["i2t_r1"]] == ["3", "6", "9"]
+
+
+def test_sigterm_saves_and_resume_goes_on(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(pictures, tmp_path / "out"), "--epochs", "1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch 2:"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    step = int(re.search(r"stopped after step (\d+) of 3000", rest)[1])
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == step >= 6
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(run, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save(path, step=1)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", full)
+    message = "No space left on device. The checkpoint that was there before is untouched"
+    with pytest.raises(data.UserError, match=message):
+        train.save(path, step=2)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_nan_stops_the_run_and_keeps_the_good_checkpoint(pictures, tmp_path, monkeypatch, capsys):
+    forward, calls = liteclip.LiteCLIP.forward, iter(range(100))
+    monkeypatch.setattr(liteclip.LiteCLIP, "forward", lambda self, **batch: {
+        "loss": forward(self, **batch)["loss"] * (math.nan if next(calls) >= 4 else 1)})
+    message = r"the loss is nan .* at step 6 \(learning rate .*, logit scale .*\): stopped; what was saved"
+    with pytest.raises(SystemExit, match=message):
+        train.main(arguments(pictures, tmp_path))
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert content["step"] == 3 and all(value.isfinite().all() for value in content["weights"].values())
+
+
+def test_a_pickle_with_code_in_it_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+    torch.save({"model": "liteclip", "config": {}, "tokenizer": {}, "weights": Evil()}, tmp_path / "x.pt")
+    with pytest.raises(data.UserError, match="no checkpoint of train.py"):
+        train.load(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+# --- two processes ---
+
+def test_two_processes_train_like_one(run, pictures, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               "--master_port", str(29500 + os.getpid() % 1000),
+               str(ROOT / "train.py"), *arguments(pictures, tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("epoch 3:") == 1  # one process talks
+    one, two = weights(run / "last.pt"), weights(tmp_path / "out" / "last.pt")
+    start = liteclip_at_birth(run)
+    for name in one:  # Adam divides by tiny gradients, so compare with how far training moved
+        moved = (one[name] - start[name]).norm()
+        if not name.endswith("key.bias"):  # its gradient is zero but for rounding
+            assert (one[name] - two[name]).norm() <= 2e-2 * moved + 1e-6, name
+
+
+def liteclip_at_birth(run):
+    content = torch.load(run / "last.pt", weights_only=True)
+    torch.manual_seed(0)
+    return liteclip.LiteCLIP(liteclip.Config(**content["config"])).state_dict()
+
+
+GRADIENTS = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import liteclip
+from dataclasses import replace
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = liteclip.LiteCLIP(replace(liteclip.CONFIGS["tiny"], vocab_size=50)).double()
+images, tokens = torch.randn(8, 3, 64, 64).double(), torch.randint(4, 50, (8, 9))
+share = slice(dist.get_rank() * 8 // dist.get_world_size(), (dist.get_rank() + 1) * 8 // dist.get_world_size())
+network = torch.nn.parallel.DistributedDataParallel(model)
+loss = network(images=images[share], tokens=tokens[share])["loss"]
+loss.backward()
+if dist.get_rank() == 0:
+    torch.save({name: p.grad for name, p in model.named_parameters()}, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def test_gradients_of_two_processes_equal_one(tmp_path):
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    results = []
+    for n in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n),
+                   "--master_port", str(30500 + os.getpid() % 1000), "gradients.py", str(ROOT), f"{n}.pt"]
+        subprocess.run(command, capture_output=True, cwd=tmp_path, check=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        results.append(torch.load(tmp_path / f"{n}.pt", weights_only=True))
+    one, two = results
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-9 * one[name].norm() + 1e-12, name
+
+
+# --- messages ---
+
+@pytest.mark.parametrize("more, message", [
+    (["--model", "clop"], "--model clop: unknown; known: liteclip"),
+    (["--config", "huge"], "--config huge: liteclip has no such configuration; known: liteclip, small, tiny"),
+    (["--data", "flickr9k"], "--data flickr9k: neither a data set (shapes, shapes-ko, flickr8k"),
+    (["--batch", "1"], "--batch 1: a batch must be >= 2 (1 leaves no negatives)"),
+    (["--batch", "25"], "--batch 25 is larger than the 24 pictures"),
+    (["--warmup", "1.5"], "--warmup 1.5: a fraction of the run"),
+    (["--epochs", "0"], "--epochs 0.0: expected a number above zero"),
+    (["--lr", "nan"], "--lr nan: expected a number above zero"),
+    (["--weight-decay", "-1"], "--weight-decay -1.0: expected zero or more"),
+    (["--seed", "-1"], "--seed -1: expected 0 to 2147483647"),
+    (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+    (["--root", "nowhere", "--data", "flickr8k"], "--root nowhere: no such folder"),
+    (["--resume", "nowhere"], "nowhere: no such checkpoint"),
+    (["--eval", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+])
+def test_mistakes_get_one_line(pictures, tmp_path, more, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.main(arguments(pictures, tmp_path / "out", *more))
+    assert str(error.value).startswith("train.py: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_is_never_overwritten(run, pictures):
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises(SystemExit, match="holds a run already: go on with --resume"):
+        train.main(arguments(pictures, run))
+    with pytest.raises(SystemExit, match="is the end of its run: 9 steps of 9"):
+        train.main(["--resume", str(run)])
+    with pytest.raises(SystemExit, match="--batch 4 does not go with .*last.pt, where it is 8"):
+        train.main(["--resume", str(run), "--batch", "4"])
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_two_runs_without_out_never_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(out=None, model="liteclip", data="shapes")
+    folders = [str(train.make_folder(args)) for _ in range(3)]
+    assert folders == ["runs/liteclip-shapes", "runs/liteclip-shapes-2", "runs/liteclip-shapes-3"]
+
+
+def test_an_unwritable_folder(pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot make .*: Not a directory; name another folder with --out"):
+        train.main(arguments(pictures, tmp_path / "file" / "out"))
+
+
+def test_no_traceback_from_the_command_line(tmp_path):
+    for command, message in (("train.py --model clop", "train.py: --model clop: unknown"),
+                             ("liteclip.py nowhere.pt x.jpg a b", "liteclip.py: nowhere.pt: no such checkpoint"),
+                             ("liteclip.py nowhere.pt", "usage: python liteclip.py CHECKPOINT IMAGE")):
+        script, *rest = shlex.split(command)
+        result = subprocess.run([sys.executable, str(ROOT / script), *rest], capture_output=True, text=True,
+                                cwd=tmp_path)
+        assert result.returncode == 1 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
+
+
+def test_a_missing_download_names_scratch(monkeypatch, pictures, tmp_path):
+    def unreachable(url, path, **checks):
+        raise data.UserError(f"cannot download {url}: no network")
+    monkeypatch.setattr(data, "download", unreachable)
+    with pytest.raises(SystemExit, match="cannot download .*; or train from random weights with --scratch"):
+        train.main(["--data", str(pictures), "--config", "liteclip", "--cache", str(tmp_path),
+                    "--out", str(tmp_path / "out")])
