@@ -259,13 +259,17 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path):
 
 # --- two processes ---
 
-def test_two_processes_train_like_one(run, pictures, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               "--master_port", str(29500 + os.getpid() % 1000),
-               str(ROOT / "train.py"), *arguments(pictures, tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+def torchrun(processes, *command, cwd):
+    """--standalone lets the system choose a free port, so that no other run on this machine is in the way."""
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc_per_node", str(processes), *command],
+                            capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def test_two_processes_train_like_one(run, pictures, tmp_path):
+    result = torchrun(2, str(ROOT / "train.py"), *arguments(pictures, tmp_path / "out"), cwd=tmp_path)
     assert result.stdout.count("epoch 3:") == 1  # one process talks
     one, two = weights(run / "last.pt"), weights(tmp_path / "out" / "last.pt")
     start = liteclip_at_birth(run)
@@ -296,6 +300,7 @@ loss = network(images=images[share], tokens=tokens[share])["loss"]
 loss.backward()
 if dist.get_rank() == 0:
     torch.save({name: p.grad for name, p in model.named_parameters()}, sys.argv[2])
+dist.barrier()  # nobody hangs up while another still talks
 dist.destroy_process_group()
 """
 
@@ -304,10 +309,7 @@ def test_gradients_of_two_processes_equal_one(tmp_path):
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     results = []
     for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n),
-                   "--master_port", str(30500 + os.getpid() % 1000), "gradients.py", str(ROOT), f"{n}.pt"]
-        subprocess.run(command, capture_output=True, cwd=tmp_path, check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        torchrun(n, "gradients.py", str(ROOT), f"{n}.pt", cwd=tmp_path)
         results.append(torch.load(tmp_path / f"{n}.pt", weights_only=True))
     one, two = results
     for name in one:
