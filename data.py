@@ -14,8 +14,10 @@ import concurrent.futures
 import contextlib
 import csv
 import functools
+import gzip
 import hashlib
 import heapq
+import html
 import http.client
 import io
 import itertools
@@ -547,6 +549,13 @@ def download(url, path, md5=None, sha256=None):
     return path
 
 
+def fetch(files, name, cache="data/cache"):
+    """{kind: (address, SHA-256 or None)} of a published model -> {kind: path}, downloaded into CACHE/weights/NAME."""
+    folder = Path(cache) / "weights" / name
+    return {kind: download(url, folder / f"{kind}-{url.split('/')[-1]}", sha256=sha256)
+            for kind, (url, sha256) in files.items()}
+
+
 # === data sets =======================================================================================================
 
 @dataclass
@@ -1054,6 +1063,98 @@ def merge(symbols, pair, new):
     return merged
 
 
+class CLIPBPE:
+    """CLIP's tokenizer, from its published list of merges, bpe_simple_vocab_16e6.txt.gz.
+
+    Clean, lower-case, split into words; a word is its UTF-8 bytes, the last one marked with </w>; then, again and
+    again, the two neighbours that come first in the list become one. Ids: the 256 bytes, the same as ends of words, the
+    merges, start 49406, end 49407. Padding is 0, which also is "!": models look for the end, not for the padding.
+
+    >>> CLIPBPE.from_file("bpe_simple_vocab_16e6.txt.gz").encode("A photo of a dog")
+    [320, 1125, 539, 320, 1929]
+    """
+    pad_id = 0
+
+    def __init__(self, merges):
+        self.merges = list(merges)
+        # The file writes printable bytes as themselves, the other 68 as the characters from 256 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        order = printable + [byte for byte in range(256) if byte not in printable]
+        alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(68)]
+        self.character, self.byte = dict(zip(order, alphabet)), dict(zip(alphabet, order))
+        self.pieces = [*alphabet, *(c + "</w>" for c in alphabet), *(m.replace(" ", "") for m in self.merges),
+                       "<|startoftext|>", "<|endoftext|>"]
+        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
+        self.start_id, self.end_id = len(self.pieces) - 2, len(self.pieces) - 1
+        self.ranks = {tuple(merge.split()): i for i, merge in enumerate(self.merges)}
+        # Numbers beyond \d (Roman numerals, superscripts, fractions) are one token each, as digits are.
+        numbers = "".join(chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) in ("Nl", "No"))
+        self.word = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
+                               rf"|[^\W\d_{numbers}]+|[\d{numbers}]|(?:[^\s\w]|_)+", re.IGNORECASE)
+        self.cache = {}
+
+    @classmethod
+    def from_file(cls, path):
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                lines = file.read().split("\n")
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except (OSError, EOFError, UnicodeDecodeError):
+            raise UserError(f"{path} is no CLIP vocabulary (expected bpe_simple_vocab_16e6.txt.gz)") from None
+        merges = lines[1:49152 - 256 - 2 + 1]  # the first line is a comment, and the file lists more than CLIP uses
+        if len(merges) != 48894 or any(merge.count(" ") != 1 for merge in merges):
+            raise UserError(f"{path} is no CLIP vocabulary: expected a comment and at least 48,894 merges of two")
+        return cls(merges)
+
+    def __len__(self):
+        return len(self.pieces)
+
+    @staticmethod
+    def clean(text):
+        """What ftfy does to text that is not broken, then as CLIP: HTML entities, white space, lower case."""
+        if "<" not in text:  # as ftfy: text with tags in it may be HTML, and there entities mean themselves
+            text = html.unescape(text)
+        text = text.translate(CLEANED)
+        text = unicodedata.normalize("NFC", text)
+        return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+    def encode(self, text):
+        ids = []
+        for word in self.word.findall(self.clean(text)):
+            if word not in self.cache:
+                self.cache[word] = self.encode_word(word)
+            ids += self.cache[word]
+        return ids
+
+    def encode_word(self, word):
+        if word in ("<|startoftext|>", "<|endoftext|>"):
+            return [self.ids[word]]
+        symbols = [self.character[byte] for byte in word.encode(errors="replace")]
+        symbols[-1] += "</w>"
+        while len(symbols) > 1:
+            pair = min(zip(symbols, symbols[1:]), key=lambda p: self.ranks.get(p, len(self)))
+            if pair not in self.ranks:
+                break
+            symbols = merge(symbols, pair, "".join(pair))
+        return [self.ids[symbol] for symbol in symbols]
+
+    def decode(self, ids):
+        text = "".join(self.pieces[i] for i in ids if i < self.start_id).replace("</w>", " ")
+        return bytes(self.byte.get(c, 32) for c in text).decode(errors="replace").strip()
+
+    def state(self):
+        return {"kind": "clip", "merges": self.merges}
+
+
+# What ftfy makes of some characters: straight quotes, ligatures and full-width letters as plain ones, no controls.
+CLEANED = {code: unicodedata.normalize("NFKC", chr(code)) for code in (
+    *range(0xFF01, 0xFFF0), *range(0xFB00, 0xFB07), 0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), 0x1F1, 0x1F2, 0x1F3)}
+CLEANED |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+CLEANED |= {0x3000: " ", 0x2028: "\n", 0x2029: "\n", 0x85: "\n"}
+CLEANED |= dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)))
+
+
 class WordPiece:
     """BERT's tokenizer, from a published vocab.txt (one piece a line, the line number is the id).
 
@@ -1135,10 +1236,19 @@ def is_cjk(code):
                (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)))
 
 
+def read_vocabulary(kind, path):
+    """A published vocabulary: "clip" (merges), "wordpiece" (BERT's, lower case), "wordpiece-cased"."""
+    if kind == "clip":
+        return CLIPBPE.from_file(path)
+    return WordPiece.from_file(path, lower=kind == "wordpiece")
+
+
 def tokenizer_from(state):
     """The tokenizer that wrote this state()."""
     if state["kind"] == "bpe":
         return BPE(state["merges"])
+    if state["kind"] == "clip":
+        return CLIPBPE(state["merges"])
     if state["kind"] == "wordpiece":
         return WordPiece(state["vocab"], state["lower"])
-    raise UserError(f"unknown kind of tokenizer {state['kind']!r}; known: bpe, wordpiece")
+    raise UserError(f"unknown kind of tokenizer {state['kind']!r}; known: bpe, clip, wordpiece")

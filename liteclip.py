@@ -59,14 +59,34 @@ class Config:
     dropout: float = 0.1
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention. mask: True where a key may be seen, broadcast to (B, H, N, N)."""
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj.weight)  # from here to the biases: as nn.MultiheadAttention starts
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x, mask=None, causal=False):
+        B, N, D = x.shape
+        q, k, v = self.in_proj(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
+
+
 class MLP(nn.Module):
-    def __init__(self, width, hidden):
+    def __init__(self, width, hidden, activation=F.gelu):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
+        self.activation = activation
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 # --- the image tower: ConvNeXt --------------------------------------------------------------------------------------
@@ -116,32 +136,15 @@ class ImageEncoder(nn.Module):
 
 # --- the text tower: BERT -------------------------------------------------------------------------------------------
 
-class Attention(nn.Module):
-    def __init__(self, width, heads, dropout):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x, mask):
-        B, L, D = x.shape
-        q, k, v = (p(x).view(B, L, self.heads, -1).transpose(1, 2)  # (B, H, L, D/H)
-                   for p in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(y.transpose(1, 2).reshape(B, L, D))
-
-
-class TextBlock(nn.Module):
+class PostBlock(nn.Module):
     """A transformer block with the norms after each sum (post-LN), as in 2018."""
-    def __init__(self, config):
+    def __init__(self, width, heads, hidden, eps, dropout):
         super().__init__()
-        self.attn = Attention(config.text_width, config.text_heads, config.dropout)
-        self.ln_1 = nn.LayerNorm(config.text_width, eps=1e-12)
-        self.mlp = MLP(config.text_width, config.text_mlp)
-        self.ln_2 = nn.LayerNorm(config.text_width, eps=1e-12)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attn = Attention(width, heads, dropout)
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, hidden)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask):
         x = self.ln_1(x + self.dropout(self.attn(x, mask)))
@@ -160,7 +163,9 @@ class TextEncoder(nn.Module):
         self.token_type_embedding = nn.Embedding(2, config.text_width)  # BERT's "sentence A" and "B"; a caption is A
         self.ln_embed = nn.LayerNorm(config.text_width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([TextBlock(config) for _ in range(config.text_layers)])
+        self.blocks = nn.ModuleList([
+            PostBlock(config.text_width, config.text_heads, config.text_mlp, 1e-12, config.dropout)
+            for _ in range(config.text_layers)])
 
     def forward(self, tokens):
         visible = tokens != 0  # (B, L): every tokenizer of data.py that this model uses pads with 0
@@ -239,6 +244,14 @@ def contrastive_loss(image_features, text_features, scale):
 
 
 class LiteCLIP(nn.Module):
+    Config = Config
+    example_labels = "a photo of a dog", "a photo of a cat"
+
+    @classmethod
+    def sizes(cls):
+        """The configurations of this class, by name."""
+        return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -314,7 +327,7 @@ class LiteCLIP(nn.Module):
     def from_pretrained(cls, source, config="liteclip"):
         """A published liteCLIP checkpoint (path or state dict), loaded strictly; config: a Config or its name."""
         model = cls(find_config(config))
-        load_strictly(model, rename(read_state(source)))
+        load_strictly(model, arrange(rename(read_state(source))))
         return model
 
     @classmethod
@@ -325,8 +338,10 @@ class LiteCLIP(nn.Module):
         must hold its whole tower; its classifier is dropped by name.
         """
         model = cls(find_config(config))
-        load_strictly(model.image_encoder, rename(read_state(imagenet)))
-        load_strictly(model.text_encoder, rename(read_state(bert)))
+        convnext = rename(read_state(imagenet))
+        load_strictly(model.image_encoder, {name: value.flatten() if name.endswith(".gamma") else value
+                                            for name, value in convnext.items()})  # torchvision's gamma is (C, 1, 1)
+        load_strictly(model.text_encoder, arrange(rename(read_state(bert))))
         return model
 
 
@@ -357,7 +372,9 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all of the
     (r"embeddings\.LayerNorm\.", "ln_embed."), (r"embeddings\.word_embeddings\.", "token_embedding."),
     (r"embeddings\.position_embeddings\.", "positional_embedding."),
     (r"embeddings\.token_type_embeddings\.", "token_type_embedding."), (r"\bencoder\.layer\.", "blocks."),
-    (r"\.attention\.self\.", ".attn."), (r"\.attention\.output\.dense\.", ".attn.out_proj."),
+    (r"\.attention\.self\.query\.", ".attn.q_proj."),
+    (r"\.attention\.self\.key\.", ".attn.k_proj."), (r"\.attention\.self\.value\.", ".attn.v_proj."),
+    (r"\.attention\.output\.dense\.", ".attn.out_proj."),
     (r"\.attention\.output\.LayerNorm\.", ".ln_1."), (r"\.intermediate\.dense\.", ".mlp.c_fc."),
     (r"\.output\.dense\.", ".mlp.c_proj."), (r"\.output\.LayerNorm\.", ".ln_2."),
     # ConvNeXt, as timm names it
@@ -371,29 +388,54 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all of the
 ]
 
 
-def rename(state):
+def rename(state, names=NAMES):
     """A state dict in published names -> the same tensors in the names of this file."""
     renamed = {}
     for name, value in state.items():
         if re.search(DROPPED, name):
             continue
-        for pattern, replacement in NAMES:
+        for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
-        renamed[name] = value.flatten() if name.endswith(".gamma") else value  # torchvision's gamma is (C, 1, 1)
+        renamed[name] = value
     return renamed
 
 
+def arrange(state):
+    """The layout of this file: queries, keys and values in one matrix; what is stored transposed, turned."""
+    arranged = {}
+    for name, value in state.items():
+        if name.endswith(".T"):
+            name, value = name[:-2], value.T
+        elif re.search(r"\.[kv]_proj\.", name):
+            continue
+        elif name.endswith("class_embedding"):
+            value = value.flatten()
+        elif name.endswith("positional_embedding"):
+            value = value.flatten(0, -2)
+        elif ".q_proj." in name:
+            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+            name = name.replace(".q_proj.", ".in_proj.")
+            value = torch.cat([state[part] for part in parts if part in state])
+        arranged[name] = value
+    return arranged
+
+
 def read_state(source):
-    """A state dict, or the path of a file that holds one. Never runs code from the file."""
+    """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
     if isinstance(source, dict):
         return source
     try:
+        if str(source).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(source)
         state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{source}: no such file") from None
-    except Exception as error:  # torch.load raises half a dozen types for a file that is no checkpoint
-        raise ValueError(f"{source} is no PyTorch checkpoint ({type(error).__name__}); "
-                         "expected a file written by torch.save that holds tensors alone") from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{source}: reading it needs a package; pip install {error.name.split('.')[0]}") from None
+    except Exception as error:  # these libraries raise half a dozen types for a file that is no checkpoint
+        raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
+                         "file that holds tensors alone") from None
     if not isinstance(state, dict):
         raise ValueError(f"{source} holds a {type(state).__name__}; expected a state dict")
     if "tokenizer" in state:
@@ -437,11 +479,12 @@ def find_config(config):
 
 
 # What train.py uses unless told otherwise. A fresh ConvNet learns best at twice the rate that a post-LN transformer can
-# stand: with one rate for both, one seed in three had not learned the shapes in time. `backbones`: the files to start
+# stand: with one rate for both, one seed in three had not learned the shapes in time. `files`: what to start
 # from (address, SHA-256).
 RECIPES = {
     # 25 epochs of one caption an image see as many captions as the published five epochs of five rows an image
-    "liteclip": dict(batch=64, epochs=25, lr=2e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1, backbones={
+    "liteclip": dict(batch=64, epochs=25, lr=2e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1,
+                     tokenizer="wordpiece", files={
         "imagenet": ("https://download.pytorch.org/models/convnext_tiny-983f1562.pth", "983f1562"),
         "bert": ("https://huggingface.co/google/bert_uncased_L-4_H-256_A-4/resolve/main/pytorch_model.bin", None),
         "vocab": ("https://huggingface.co/google/bert_uncased_L-4_H-256_A-4/resolve/main/vocab.txt",
@@ -453,7 +496,7 @@ RECIPES = {
 
 
 class ZeroShotPipeline:
-    """liteCLIP's way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
+    """The shortest way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
     def __init__(self, checkpoint):
         import train  # not at the top: this file works without its siblings
         self.model, self.tokenizer, self.preprocess = train.load(checkpoint)

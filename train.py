@@ -5,6 +5,7 @@
     python train.py --model liteclip --data my_pictures.csv --epochs 20
     python train.py --resume runs/liteclip-shapes            # goes on bit for bit (on a CPU), all settings as they were
     python train.py --eval runs/liteclip-shapes/best.pt      # figures and picture again, from the checkpoint alone
+    python train.py --search runs/liteclip-shapes/best.pt my_pictures "a red star"     # the best matches, and a sheet
     torchrun --nproc_per_node 8 train.py --model liteclip --data flickr8k      # eight GPUs, the same global batch
 
 A run writes into its folder: last.pt (every epoch, and when interrupted), best.pt (by mean validation R@1), log.csv,
@@ -12,9 +13,11 @@ retrieval.png. The order of the pictures and the captions, crops and dropout of 
 and so does the learning rate: to resume is to load weights and optimizer and to start counting at another step.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import csv
 import functools
+import hashlib
 import io
 import itertools
 import math
@@ -30,15 +33,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import clip
 import data
 import liteclip
 from data import UserError, say
 
-MODELS = {"liteclip": (liteclip, liteclip.LiteCLIP)}
+MODELS = {"clip": clip.CLIP, "koclip": clip.KoCLIP, "liteclip": liteclip.LiteCLIP}
+
+
+def home(Model):
+    """The file of a model, with its RECIPES and what it knows of published weights."""
+    return sys.modules[Model.__module__]
 
 
 def rank():
@@ -84,26 +93,28 @@ def spread(n, encode, batch=256):
 
     Features are a tensor or a named tuple of tensors; they come to rest on the CPU.
     """
-    def each(features, function):
-        return type(features)(*map(function, features)) if isinstance(features, tuple) else function(features)
-
     parts = {first: each(encode(range(first, min(first + batch, n))), torch.Tensor.cpu)
              for first in range(rank() * batch, n, world() * batch)}
     if world() > 1:
         gathered = [None] * world()
         dist.all_gather_object(gathered, parts)
         parts = {first: part for parts in gathered for first, part in parts.items()}
-    ordered = [parts[first] for first in sorted(parts)]
-    if isinstance(ordered[0], tuple):
-        return type(ordered[0])(*(torch.cat(column) for column in zip(*ordered)))
-    return torch.cat(ordered)
+    return join([parts[first] for first in sorted(parts)])
+
+
+def each(features, function):
+    """A function of features, which are a tensor or a named tuple of tensors."""
+    return type(features)(*map(function, features)) if isinstance(features, tuple) else function(features)
+
+
+def join(parts):
+    """Features of several batches, one after the other."""
+    return type(parts[0])(*map(torch.cat, zip(*parts))) if isinstance(parts[0], tuple) else torch.cat(parts)
 
 
 def take(features, rows, device):
     """Some rows of features, on the device."""
-    if isinstance(features, tuple):
-        return type(features)(*(f[rows].to(device) for f in features))
-    return features[rows].to(device)
+    return each(features, lambda tensor: tensor[rows].to(device))
 
 
 @torch.no_grad()
@@ -259,6 +270,9 @@ def save(path, **content):
 def read_checkpoint(path):
     path = Path(path)
     if not path.exists():
+        model, _, size = str(path).partition("/")
+        if model in MODELS and size in home(MODELS[model]).PUBLISHED:
+            return published(model, size)
         raise UserError(f"{path}: no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -271,18 +285,29 @@ def read_checkpoint(path):
     return content
 
 
+def published(model, size, cache="data/cache"):
+    """What a checkpoint of train.py would hold, from released weights: downloaded once, or found in the cache."""
+    Model, recipe = MODELS[model], home(MODELS[model]).RECIPES[size]
+    files = data.fetch(home(Model).PUBLISHED[size], size, cache)
+    weights = Model.from_pretrained(files["source"], size)
+    return {"model": model, "config": asdict(weights.config), "weights": weights.state_dict(),
+            "tokenizer": data.read_vocabulary(recipe["tokenizer"], files["vocab"]).state(), "step": 0, "minutes": 0.0,
+            "args": {"model": model, "config": size, "data": recipe.get("data", "shapes")}}
+
+
 def load(path, device="cpu"):
     """A checkpoint -> (model in evaluation mode, tokenizer, preprocess), all that is needed to use it.
 
+    path: of a file that train.py wrote, or the name of released weights such as "clip/vit-b-32", which are downloaded.
     preprocess(picture): a path, bytes or a PIL image -> uint8 (3, S, S); encode_image takes a batch of them.
     """
     content = read_checkpoint(path)
-    module, Model = MODELS[content["model"]]
+    Model = MODELS[content["model"]]
     try:
-        model = Model(module.Config(**content["config"]))
-        module.load_strictly(model, content["weights"])
+        model = Model(Model.Config(**content["config"]))
+        home(Model).load_strictly(model, content["weights"])
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} was written by another version of {module.__name__}.py: {error}") from None
+        raise UserError(f"{path} was written by another version of {home(Model).__name__}.py: {error}") from None
     tokenizer = data.tokenizer_from(content["tokenizer"])
     return model.eval().to(device), tokenizer, functools.partial(preprocess, model.config)
 
@@ -383,22 +408,23 @@ def first_on_each_machine(function):
     return result if int(os.environ.get("LOCAL_RANK", 0)) == 0 else function()
 
 
-def make_model(args, module, Model, config, recipe, texts):
-    """-> model, tokenizer: from the recipe's backbones, or fresh with a tokenizer trained on the captions."""
-    if recipe.get("backbones") and not args.scratch:
-        folder = Path(args.cache) / "weights"
+def make_model(args, Model, config, recipe, texts):
+    """-> model, tokenizer: from the files of the recipe, or fresh with a tokenizer trained on the captions."""
+    if recipe.get("files") and not args.scratch:
         try:
-            files = {name: data.download(url, folder / url.split("/")[-1], sha256=sha256)
-                     for name, (url, sha256) in recipe["backbones"].items()}
+            files = data.fetch(recipe["files"], args.config, args.cache)
         except UserError as error:
             raise UserError(f"{error}; or train from random weights with --scratch") from None
-        tokenizer = data.WordPiece.from_file(files.pop("vocab"))
+        tokenizer = data.read_vocabulary(recipe["tokenizer"], files.pop("vocab"))
+        start = Model.from_pretrained if "source" in files else Model.from_backbones
         try:
-            return Model.from_backbones(**files, config=config), tokenizer
+            return start(**files, config=config), tokenizer
         except ValueError as error:
+            folder = Path(files.popitem()[1]).parent
             raise UserError(f"{error}\nDelete {folder} to download it again, or use --scratch") from None
     tokenizer = data.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
-    return Model(replace(config, vocab_size=len(tokenizer))), tokenizer
+    special = {name: getattr(tokenizer, name) for name in ("pad_id", "end_id") if hasattr(config, name)}
+    return Model(replace(config, vocab_size=len(tokenizer), **special)), tokenizer
 
 
 def check_texts(model, tokenizer, split):
@@ -414,15 +440,18 @@ def check_texts(model, tokenizer, split):
 
 
 def choose(args):
-    """The model's file, class, configuration and recipe; flags that were not given get the recipe's values."""
+    """The model's class, configuration and recipe; flags that were not given get the recipe's values."""
     if args.model not in MODELS:
         raise UserError(f"--model {args.model}: unknown; known: {', '.join(MODELS)}")
-    module, Model = MODELS[args.model]
-    args.config = args.config or ("tiny" if args.data in data.GENERATED else next(iter(module.CONFIGS)))
-    if args.config not in module.CONFIGS:
-        known = ", ".join(module.CONFIGS)
+    Model = MODELS[args.model]
+    sizes = list(Model.sizes())
+    generated = args.data is None or args.data in data.GENERATED
+    args.config = args.config or next(name for name in sizes if not generated or name.endswith("tiny"))
+    if args.config not in sizes:
+        known = ", ".join(sizes)
         raise UserError(f"--config {args.config}: {args.model} has no such configuration; known: {known}")
-    recipe = module.RECIPES[args.config]
+    recipe = home(Model).RECIPES[args.config]
+    args.data = args.data or recipe.get("data", "shapes")
     for name in ("batch", "epochs", "lr", "image_lr", "weight_decay", "warmup"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
@@ -437,7 +466,7 @@ def choose(args):
         raise UserError(f"--seed {args.seed}: expected 0 to 2147483647")
     if args.out and (Path(args.out) / "last.pt").exists() and not args.checkpoint:
         raise UserError(f"--out {args.out} holds a run already: go on with --resume {args.out}, or name another folder")
-    return module, Model, module.CONFIGS[args.config], recipe
+    return Model, Model.sizes()[args.config], recipe
 
 
 def make_folder(args):
@@ -461,7 +490,7 @@ def train(args):
     device = pick_device()
     began = time.time()
     resumed = read_checkpoint(args.checkpoint) if args.checkpoint else None
-    module, Model, config, recipe = choose(args)
+    Model, config, recipe = choose(args)
     precision = pick_precision(device, args.precision)
 
     # --- data ---
@@ -472,11 +501,11 @@ def train(args):
     torch.manual_seed(args.seed)
     if resumed:
         tokenizer = data.tokenizer_from(resumed["tokenizer"])
-        model = Model(module.Config(**resumed["config"]))
+        model = Model(Model.Config(**resumed["config"]))
         model.load_state_dict(resumed["weights"])
     else:
         texts = [text for s in training.samples for text in (*s.captions, s.long, s.web) if text]
-        model, tokenizer = first_on_each_machine(lambda: make_model(args, module, Model, config, recipe, texts))
+        model, tokenizer = first_on_each_machine(lambda: make_model(args, Model, config, recipe, texts))
     model.to(device)
     check_texts(model, tokenizer, training)
     loader = data.Loader(training, args.batch, lambda samples, rngs: model.text_batch(samples, rngs, tokenizer),
@@ -582,6 +611,7 @@ def train(args):
     first = rank() == 0
     if world() > 1:  # the test is for one process, after the last checkpoint is on the disk
         dist.barrier()
+        del network, losses  # they hold the process group, whose threads abort a process that exits with them
         dist.destroy_process_group()
     if first:
         finish(args, folder, minutes + (time.time() - began) / 60)
@@ -597,10 +627,10 @@ def mean_over_processes(value):
 def finish(args, folder, minutes):
     """The end of a run: best.pt on the test split, its table row, its picture and the commands that use it."""
     row = test(args, folder / "best.pt", pick_device(), minutes)
-    labels = {"shapes": '"a red star" "a blue circle"', "shapes-ko": '"빨간색 별" "파란색 원"'}.get(
-        args.data, '"a photo of a dog" "a photo of a cat"')
+    labels = {"shapes": ("a red star", "a blue circle"), "shapes-ko": ("빨간색 별", "파란색 원")}.get(
+        args.data, MODELS[args.model].example_labels)
     say(f"\n{row}\n\npicture:  {folder}/retrieval.png\n"
-        f"use it:   python {args.model}.py {folder}/best.pt PICTURE {labels}\n"
+        f"use it:   python {home(MODELS[args.model]).__name__}.py {folder}/best.pt PICTURE \"{labels[0]}\" \"{labels[1]}\"\n"
         f"again:    python train.py --eval {folder}/best.pt")
 
 
@@ -631,6 +661,105 @@ def test(args, path, device, minutes=None):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), columns.values()))
 
 
+# === image search ====================================================================================================
+
+def search(args, best=12):
+    """The pictures of a folder that are most similar to a query: as lines of score and path, and as a contact sheet."""
+    checkpoint, folder, query = args.search
+    device = pick_device()
+    model, tokenizer, prepare = load(checkpoint, device)
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder")
+    with torch.no_grad(), autocast(device, pick_precision(device, args.precision)):
+        image_features, paths = folder_features(checkpoint, folder, args.cache, model, prepare)
+        text_features = model.encode_text(model.tokenize([query], tokenizer).to(device))
+    scores = model.similarity(take(image_features, slice(None), device), text_features)[:, 0].tolist()
+    found = sorted(zip(scores, paths), reverse=True)[:best]
+    sheet = Path(args.out or ".") / "search.png"
+    try:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        draw_search(sheet, query, found)
+    except OSError as error:
+        raise UserError(f"cannot write {sheet}: {error.strerror}; name another folder with --out") from None
+    return "\n".join([*(f"{score:+.3f}  {path}" for score, path in found),
+                      f"{len(paths):,} pictures searched; contact sheet: {sheet}"])
+
+
+def folder_features(checkpoint, folder, cache, model, prepare, batch=64):
+    """Image features of a folder's pictures, and the paths of those that could be read. Computed once, then kept.
+
+    They lie in CACHE/features, in a file named after all that they depend on: the checkpoint and every picture, each
+    with its size and time of change.
+    """
+    paths = data.list_pictures(folder)
+    depends = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+               for path in (Path(checkpoint), *paths) if path.exists()]
+    key = hashlib.sha256(repr((str(checkpoint), depends)).encode()).hexdigest()[:16]
+    file = Path(cache) / "features" / f"{key}.pt"
+    device = model.logit_scale.device
+
+    def read(path):
+        try:
+            return path, prepare(path)
+        except UserError as error:
+            return path, error
+
+    if file.exists():
+        content = torch.load(file, weights_only=True)
+        features, kept = content["features"], content["paths"]
+        if isinstance(features, tuple):  # a model's named tuple is kept as a plain one: one picture tells its name
+            features = type(model.encode_image(prepare(kept[0])[None].to(device)))(*features)
+        return features, kept
+    parts, kept, bad = [], [], []
+    with concurrent.futures.ThreadPoolExecutor() as pool, \
+            tqdm(total=len(paths), desc="pictures, once", unit=" pictures", **data.bar_options()) as bar:
+        for first in range(0, len(paths), batch):
+            pictures = dict(pool.map(read, paths[first:first + batch]))
+            bad += [picture for picture in pictures.values() if isinstance(picture, UserError)]
+            pictures = {str(path): p for path, p in pictures.items() if not isinstance(p, UserError)}
+            if pictures:
+                features = model.encode_image(torch.stack([*pictures.values()]).to(device))
+                parts.append(each(features, torch.Tensor.cpu))
+                kept += pictures
+            bar.update(min(batch, len(paths) - first))
+    if bad:
+        say(f"{len(bad)} of {len(paths)} pictures cannot be read and are left out: "
+            + "; ".join(map(str, bad[:3])) + ("; ..." if len(bad) > 3 else ""))
+    if not kept:
+        raise UserError(f"{folder}: no picture that can be read ({', '.join(data.PICTURE_SUFFIXES[:4])}, ...)")
+    features = join(parts)
+    content = io.BytesIO()
+    torch.save({"paths": kept, "features": tuple(features) if isinstance(features, tuple) else features}, content)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        data.write_atomically(file, content.getbuffer())
+    except OSError as error:
+        say(f"cannot keep the features in {file}: {error.strerror}; --cache names another folder")
+    return features, kept
+
+
+def draw_search(path, query, found, columns=4):
+    """A contact sheet: the query, then the pictures found, best first, each with its score and its file's name."""
+    side, gap, caption = 180, 14, 40
+    font = load_font(17, query)
+    small = ImageFont.load_default(11)
+    rows = -(-len(found) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, 34 + rows * (side + caption) + 2 * gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    title = query if font else "the query (no font here has its letters)"
+    pen.text((gap, gap), title, fill="black", font=font or ImageFont.load_default(17))
+    for i, (score, name) in enumerate(found):
+        x, y = gap + i % columns * (side + gap), 34 + gap + i // columns * (side + caption)
+        picture = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
+        picture.thumbnail((side, side))
+        sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
+        label = f"{score:+.3f}  {Path(name).name}"
+        while pen.textlength(label, font=small) > side:
+            label = label[:-4] + "..."
+        pen.text((x, y + side + 3), label, fill="gray", font=small)
+    sheet.save(path)
+
+
 # === the command line ================================================================================================
 
 def parse(argv):
@@ -638,7 +767,8 @@ def parse(argv):
     add = parser.add_argument
     add("--model", default="liteclip", help=f"one of {', '.join(MODELS)} (default liteclip)")
     add("--config", help="a size of that model (default: tiny for shapes, else the first of its CONFIGS)")
-    add("--data", default="shapes", help=f"{', '.join(data.NAMES)}, or your own folder, .csv or .json (default shapes)")
+    add("--data", help=f"{', '.join(data.NAMES)}, or your own folder, .csv or .json (default: shapes, in the "
+                       "model's language)")
     add("--root", help="where the files of a named data set lie (default: download flickr8k to data/flickr8k)")
     add("--cache", default="data/cache", help="where decoded pictures and published weights go (default data/cache)")
     add("--out", help="the run's folder (default runs/MODEL-DATA)")
@@ -656,12 +786,16 @@ def parse(argv):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", metavar="RUN", help="go on with the run in this folder; its settings come from its last.pt")
     add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split of what it was trained on, or of --data")
+    add("--search", nargs=3, metavar=("CHECKPOINT", "FOLDER", "QUERY"),
+        help="find the pictures of a folder that fit a query best; writes search.png (into --out)")
     return parser, parser.parse_args(argv)
 
 
 def settle(argv):
     """The flags; for --resume and --eval those of the checkpoint, of which only the places of files may change."""
     parser, args = parse(argv)
+    if args.search:
+        return args
     path = Path(args.resume) / "last.pt" if args.resume and Path(args.resume).is_dir() else args.resume or args.eval
     if path:
         saved = read_checkpoint(path)["args"]
@@ -689,7 +823,9 @@ def main(argv=None):
                 torch.cuda.set_device(pick_device())
             # a long timeout: the others wait while one process downloads and decodes
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6))
-        if args.eval:
+        if args.search:
+            say(search(args))
+        elif args.eval:
             say(test(args, args.eval, pick_device()))
         else:
             train(args)

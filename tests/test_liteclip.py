@@ -141,7 +141,7 @@ def test_files_of_another_kind_are_named(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
 def test_a_file_that_is_no_checkpoint(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="x.pt is no PyTorch checkpoint"):
+    with pytest.raises(ValueError, match="x.pt is no checkpoint of PyTorch or safetensors"):
         LiteCLIP.from_pretrained(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="nowhere.pt: no such file"):
         LiteCLIP.from_pretrained("nowhere.pt")

@@ -1,6 +1,7 @@
-"""The tokenizers: the published WordPiece's ids, hand-worked vocabularies and merges, a slow BPE that recounts all."""
+"""The tokenizers: the published ids of WordPiece and CLIP, hand-worked vocabularies and merges, a slow BPE."""
 import collections
 import doctest
+import gzip
 import io
 import json
 import os
@@ -205,9 +206,147 @@ def test_bpe_training_is_the_same_in_a_process_with_another_hash_seed():
     assert [tuple(pair) for pair in json.loads(out)] == data.BPE.train(TEXTS, 400).merges
 
 
-# === both ============================================================================================================
+# === CLIP's byte-pair encoding =======================================================================================
 
-@pytest.mark.parametrize("tokenizer", [data.BPE.train(TEXTS, 300), data.WordPiece(VOCAB)], ids=["bpe", "wordpiece"])
+def test_golden_token_ids_of_clip():
+    if "VOCAB" not in os.environ:
+        pytest.skip("set VOCAB to the folder with bpe_simple_vocab_16e6.txt.gz to compare with the published token ids")
+    golden = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
+    tokenizer = data.CLIPBPE.from_file(Path(os.environ["VOCAB"]) / "bpe_simple_vocab_16e6.txt.gz")
+    assert (len(tokenizer), tokenizer.start_id, tokenizer.end_id) == (49408, 49406, 49407)
+    assert len(golden["texts"]) > 60
+    wrong = [text for text, ids in zip(golden["texts"], golden["clip"], strict=True)
+             if [tokenizer.start_id, *tokenizer.encode(text)[:75], tokenizer.end_id] != ids]
+    assert wrong == []
+
+
+MERGES = ["l o", "lo w</w>", "lo w", "e r</w>", "low er</w>", "a a", "b c", "a b"]  # ids 512 to 519
+
+
+@pytest.mark.parametrize("text, pieces", [
+    ("low LOW", "low</w> low</w>"),
+    ("lower slow", "lower</w> s low</w>"),
+    ("lo", "l o</w>"),                     # the last letter of a word is another symbol than the same letter inside
+    ("lowlow", "low low</w>"),
+    ("er ere", "er</w> e r e</w>"),
+    ("aaaa aaaaa", "aa a a</w> aa aa a</w>"),
+    ("abd abcd", "ab d</w> a bc d</w>"),   # "b c" stands before "a b" in the list, so that "a b" comes too late
+    ("low,low!", "low</w> ,</w> low</w> !</w>"),
+    ("", ""),
+])
+def test_clip_on_hand_worked_merges(text, pieces):
+    tokenizer = data.CLIPBPE(MERGES)
+    assert [tokenizer.pieces[i] for i in tokenizer.encode(text)] == pieces.split()
+    assert tokenizer.encode(text) == tokenizer.encode(text)  # the second time from its cache of words
+
+
+def test_clip_ids_are_bytes_then_bytes_at_the_end_of_a_word_then_merges_then_the_two_marks():
+    tokenizer = data.CLIPBPE(MERGES)
+    assert tokenizer.encode("!a A") == [0 + 256, 97 - 33 + 256, 97 - 33 + 256]
+    assert tokenizer.encode("lower") == [512 + 4] and len(tokenizer) == 512 + 8 + 2
+    assert (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id) == (0, 520, 521)
+    empty = data.CLIPBPE([])
+    assert (len(empty), empty.start_id, empty.end_id) == (514, 512, 513)
+
+
+def test_clip_byte_alphabet():
+    tokenizer = data.CLIPBPE([])
+    itself = [byte for first, last in ((33, 126), (161, 172), (174, 255)) for byte in range(first, last + 1)]
+    others = sorted(set(range(256)) - set(itself))
+    assert tokenizer.pieces[:256] == [chr(i) for i in itself] + [chr(256 + i) for i in range(68)]
+    assert tokenizer.pieces[256:512] == [piece + "</w>" for piece in tokenizer.pieces[:256]]
+    assert [tokenizer.byte[piece] for piece in tokenizer.pieces[:256]] == itself + others
+    assert tokenizer.encode("é") == [94 + 12 + 0xC3 - 174, 94 + 0xA9 - 161 + 256]  # UTF-8: C3 A9
+    assert tokenizer.encode("한") == [106 + 0xED - 174, 188 + 34 + 0x95 - 128, 188 + 34 + 0x9C - 128 + 256]
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("aé")] == ["a", "\ufffd", "\ufffd"]  # half a character each
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Two dogs,it's 2024!", "two dogs , it 's 2 0 2 4 !"),             # numbers digit by digit
+    ("x² 3½ Ⅷ① ٣٤", "x ² 3 ½ ⅷ ① ٣ ٤"),
+    ("don't I'll we've they're I'm he'd CAN'T", "don 't i 'll we 've they 're i 'm he 'd can 't"),
+    ("o'clock 'tis dogs' 'sorry", "o ' clock 't is dogs ' 's orry"),   # an ending, even at the start of a word
+    ("a_b __c (x.y) ...!?", "a _ b __ c ( x . y ) ...!?"),
+    ("한글을 猫が abc한글", "한글을 猫が abc한글"),                        # letters of any script are one word
+    ("hi😀👍! ❤️", "hi 😀👍! ❤️"),
+    ("x\u0301y e\u0301", "x \u0301 y é"),                             # composed where there is such a letter
+    ("İ ß ΑΣ", "i \u0307 ß ας"),
+    ("<|endoftext <|x|>", "<| endoftext <| x |>"),
+    # cleaning
+    ("“it’s” ‘so’ ‛x‟", "\" it 's \" ' so ' ' x \""),
+    ("«a» ‹b› „c‚ `d´", "« a » ‹ b › „ c ‚ ` d ´"),                    # no other quotes than the curly ones
+    ("ＡＢＣ　１２！＇ｓ", "abc 1 2 ! 's"),
+    ("ｶﾞｰﾄﾞ ﾡ", "ガード ᄀ"),
+    ("ﬁne ﬂuﬀ oﬃce waﬄe ﬆ Ĳ ǆ", "fine fluff office waffle st ij dž"),
+    ("a &amp; b &lt;c&gt; &quot;&eacute;&quot;", 'a & b < c > " é "'),
+    ("&amp;amp; &amp;lt; &amp;amp;lt;", "& < <"),
+    ("it&#39;s it&#x2019;s it&rsquo;s &ldquo;", "it 's it 's it 's \""),
+    ("&copy 2020 AT&T x&y &notaword; &;", "© 2 0 2 0 at & t x & y ¬ aword ; &;"),
+    ("<b>it’s it&rsquo;s &amp;</b>", "< b > it 's it ’ s & </ b >"),   # with tags, quotes come out of entities as they are
+    ("\ta\r\nb\x0bc\u2028d\u2029e\u3000f\u00a0g ", "a bc d e f g"),
+    ("d\x00o\x07g\x7f \ufeffx\ufffc\u206a", "dog x"),
+    ("a\u200bb a\u00adb \ufffd", "a \u200b b a \u00ad b \ufffd"),    # zero-width space and soft hyphen stay
+    (" \n ", ""),
+])
+def test_clip_words_after_cleaning(text, words):
+    tokenizer = data.CLIPBPE([])  # decoded, every word ends with a space
+    assert tokenizer.decode(tokenizer.encode(text)).split() == words.split()
+    assert data.CLIPBPE(MERGES).decode(data.CLIPBPE(MERGES).encode(text)).split() == words.split()
+
+
+def test_clip_marks_spelled_out_in_the_text():
+    tokenizer = data.CLIPBPE(MERGES)
+    low, start, end = 513, tokenizer.start_id, tokenizer.end_id
+    assert tokenizer.encode("low<|startoftext|>low <|EndOfText|>") == [low, start, low, end]
+    assert tokenizer.decode([start, low, end, low]) == "low low"
+    assert start not in tokenizer.encode("<start_of_text> <| startoftext |>")
+
+
+def test_clip_decoding_gives_lower_case_words():
+    tokenizer = data.CLIPBPE(MERGES)
+    assert tokenizer.decode(tokenizer.encode("A lower slow-down, 한글 😀: it's ½!")) == "a lower slow - down , 한글 😀: it 's ½ !"
+    assert tokenizer.decode([]) == tokenizer.decode([tokenizer.start_id, tokenizer.end_id]) == ""
+
+
+def test_clip_gives_random_unicode_back_but_for_the_spaces():
+    rng, tokenizer = random.Random(0), data.CLIPBPE(MERGES)
+    for _ in range(200):
+        points = [rng.randrange(rng.choice((0x80, 0x300, 0x3000, 0xD800, 0x110000))) for _ in range(30)]
+        text = "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)  # all but surrogates
+        ids = tokenizer.encode(text)
+        assert "".join(tokenizer.decode(ids).split()) == "".join(tokenizer.clean(text).split()), ascii(text)
+        assert all(0 <= i < tokenizer.start_id for i in ids)
+
+
+def test_clip_takes_as_many_merges_from_the_file_as_the_published_models(tmp_path):
+    lines = ["#version: 0.2", *MERGES, *["q q"] * (48894 - len(MERGES)), "not read any more", ""]
+    (tmp_path / "merges.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    tokenizer = data.read_vocabulary("clip", tmp_path / "merges.gz")
+    assert (len(tokenizer), tokenizer.start_id, tokenizer.end_id) == (49408, 49406, 49407)
+    assert tokenizer.merges == lines[1:48895] and tokenizer.encode("low lower") == [513, 516]
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, r"merges\.gz: no such file"),
+    (b"#version: 0.2\nl o\nlo w</w>\n", r"merges\.gz is no CLIP vocabulary \(expected bpe_simple_vocab_16e6\.txt\.gz\)"),
+    (gzip.compress(b"#version: 0.2\nl o\n" * 9)[:-9], "expected bpe_simple_vocab_16e6"),  # cut short
+    (gzip.compress(b"\xff\xfe" * 9), "expected bpe_simple_vocab_16e6"),
+    (gzip.compress(b""), "expected a comment and at least 48,894 merges of two"),
+    (gzip.compress(b"#version: 0.2\n" + b"l o\n" * 48893), "at least 48,894 merges of two"),
+    (gzip.compress(b"#version: 0.2\n" + b"l o\n" * 48893 + b"l o w\n"), "at least 48,894 merges of two"),
+    (gzip.compress(b"[PAD]\n" * 50000), "at least 48,894 merges of two"),
+], ids=["missing", "no gzip", "cut short", "no UTF-8", "empty", "too few", "three parts", "another vocabulary"])
+def test_wrong_clip_vocabulary_file_is_named_as_such(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "merges.gz").write_bytes(content)
+    with pytest.raises(data.UserError, match=message):
+        data.CLIPBPE.from_file(tmp_path / "merges.gz")
+
+
+# === all =============================================================================================================
+
+@pytest.mark.parametrize("tokenizer", [data.BPE.train(TEXTS, 300), data.WordPiece(VOCAB), data.CLIPBPE(MERGES)],
+                         ids=["bpe", "wordpiece", "clip"])
 def test_tokenizer_comes_back_from_its_state_in_a_checkpoint(tokenizer):
     file = io.BytesIO()
     torch.save(tokenizer.state(), file)
@@ -219,10 +358,14 @@ def test_tokenizer_comes_back_from_its_state_in_a_checkpoint(tokenizer):
 
 
 def test_unknown_kind_of_tokenizer_lists_the_known():
-    with pytest.raises(data.UserError, match="'unigram'; known: bpe, wordpiece"):
+    with pytest.raises(data.UserError, match="'unigram'; known: bpe, clip, wordpiece"):
         data.tokenizer_from({"kind": "unigram"})
 
 
-def test_doctests_of_data():
-    result = doctest.testmod(data)
-    assert result.failed == 0 and result.attempted >= 3
+def test_doctests_of_data(monkeypatch):
+    monkeypatch.chdir(os.environ.get("VOCAB", "."))
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(data):
+        if "VOCAB" in os.environ or test.name != "data.CLIPBPE":  # its example reads the published list of merges
+            runner.run(test)
+    assert runner.failures == 0 and runner.tries >= 3

@@ -1,6 +1,7 @@
 """train.py: the metrics by hand, resuming bit for bit, two processes against one, and each message for a mistake."""
 import csv
 import errno
+import json
 import math
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clip
 import data
 import liteclip
 import train
@@ -257,6 +259,131 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+# --- the other models ---
+
+def test_clip_trains_goes_on_and_is_evaluated_like_any_model(pictures, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main(arguments(pictures, whole, "--model", "clip", "--epochs", "1"))
+    row = capsys.readouterr().out.splitlines()[-5]
+    assert row.startswith(f"| clip tiny | {pictures} test |")
+    train.main(["--eval", str(whole / "best.pt")])
+    assert row.split("|")[3:5] == capsys.readouterr().out.splitlines()[-1].split("|")[3:5]
+    model, tokenizer, _ = train.load(whole / "best.pt")
+    assert isinstance(model, clip.CLIP) and model.config.end_id == tokenizer.end_id == 2
+
+    content = torch.load(whole / "last.pt", weights_only=True)  # as if the run had been stopped after its first step
+    forward, calls = clip.CLIP.forward, []
+
+    def interrupted(self, **batch):
+        if self.training and len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        calls.append(1)
+        return forward(self, **batch)
+    clip.CLIP.forward = interrupted
+    try:
+        with pytest.raises(SystemExit):
+            train.main(arguments(pictures, parts, "--model", "clip", "--epochs", "1"))
+    finally:
+        clip.CLIP.forward = forward
+    assert torch.load(parts / "last.pt", weights_only=True)["step"] == 2
+    train.main(["--resume", str(parts)])
+    assert_same_weights(content["weights"], weights(parts / "last.pt"))
+
+
+@pytest.fixture(scope="module")
+def korean(tmp_path_factory):
+    """Pictures with KoCLIP's own table: file_path and captions, as in its Korean COCO."""
+    folder = tmp_path_factory.mktemp("korean")
+    entries = []
+    for i in range(24):
+        scene = data.make_scene(f"korean/{i}")
+        Image.fromarray(data.draw(scene)).save(folder / f"{i}.png")
+        captions = data.captions(scene, "ko")
+        entries.append({"file_path": f"{i}.png", "split": ("train", "val", "test")[i // 8],
+                        "captions" if i % 2 else "caption_ko": captions})
+    (folder / "coco_ko.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+def test_koclip_trains_on_korean_captions_in_its_own_form(korean, tmp_path, capsys):
+    train.main(["--model", "koclip", "--config", "koclip-tiny", "--data", str(korean / "coco_ko.json"), "--batch", "8",
+                "--epochs", "2", "--precision", "fp32", "--cache", str(tmp_path), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert f"| koclip koclip-tiny | {korean / 'coco_ko.json'} test |" in printed
+    assert f'python clip.py {tmp_path}/out/best.pt PICTURE "이것은 강아지 이다." "이것은 고양이 이다."' in printed
+    model, tokenizer, _ = train.load(tmp_path / "out" / "best.pt")
+    assert isinstance(model, clip.KoCLIP) and model.config.pad_id == tokenizer.pad_id == 0
+    assert tokenizer.decode(tokenizer.encode("빨간색 별")) == "빨간색 별"
+
+
+def test_koclip_takes_korean_shapes_unless_told_otherwise():
+    _, args = train.parse(["--model", "koclip"])
+    train.choose(args)
+    assert (args.config, args.data) == ("koclip-tiny", "shapes-ko")
+    assert "빨간색" in " ".join(sum(data.load_zero_shot(args.data, 64).prompts, []))
+
+
+@pytest.mark.parametrize("name", ["clip/vit-b-32", "koclip/koclip-base"])
+def test_released_weights_by_name(name, tmp_path, monkeypatch):
+    """train.load("clip/vit-b-32") without the download: a small model in the place of the released file."""
+    Model, size = train.MODELS[name.split("/")[0]], name.split("/")[1]
+    tiny = next(config for key, config in Model.sizes().items() if key.endswith("tiny"))
+    torch.save(Model(tiny).state_dict(), tmp_path / "source.pt")
+    monkeypatch.setitem(clip.CONFIGS, size, tiny)
+    monkeypatch.setattr(data, "fetch", lambda files, *_: {"source": tmp_path / "source.pt", "vocab": files["vocab"][0]})
+    tokenizer = data.WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    monkeypatch.setattr(data, "read_vocabulary", lambda kind, path: tokenizer)
+    model, tokenizer, preprocess = train.load(name)
+    assert isinstance(model, Model) and len(tokenizer) == 4 and not model.training
+    with pytest.raises(data.UserError, match="clip/vit-x: no such checkpoint"):
+        train.load("clip/vit-x")
+
+
+# --- image search ---
+
+def search(pictures, *words, capsys, **options):
+    train.main(["--search", *map(str, words), "--cache", str(pictures / "cache"),
+                *(f"--{name}={value}" for name, value in options.items())])
+    return capsys.readouterr()
+
+
+def test_search_finds_what_similarity_says_and_encodes_a_folder_once(run, pictures, tmp_path, monkeypatch, capsys):
+    out, query = tmp_path / "sheet", "a red star"
+    printed = search(pictures, run / "best.pt", pictures, query, out=out, capsys=capsys).out.splitlines()
+    assert printed[-1] == f"40 pictures searched; contact sheet: {out / 'search.png'}" and len(printed) == 13
+    model, tokenizer, preprocess = train.load(run / "best.pt")
+    with torch.no_grad():
+        text = model.encode_text(model.tokenize([query], tokenizer))
+        cosines = {str(path): (model.encode_image(preprocess(path)[None]) @ text.T).item()
+                   for path in pictures.glob("*.png")}
+    for line in printed[:-1]:
+        score, path = line.split(maxsplit=1)
+        assert float(score) == pytest.approx(cosines[path], abs=2e-2)  # features may have been made in bf16
+    assert Image.open(out / "search.png").width > 4 * 180
+    calls = []
+    encode = liteclip.LiteCLIP.encode_image
+    monkeypatch.setattr(liteclip.LiteCLIP, "encode_image", lambda self, images: calls.append(1) or encode(self, images))
+    again = search(pictures, run / "best.pt", pictures, query, out=out, capsys=capsys).out.splitlines()
+    assert again == printed and not calls
+
+
+def test_search_leaves_out_what_it_cannot_read_and_says_so(run, pictures, tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes((pictures / f"{i}.png").read_bytes())
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    printed = search(pictures, run / "best.pt", tmp_path, "별", out=tmp_path / "out", capsys=capsys).out
+    assert "1 of 4 pictures cannot be read and are left out" in printed and "broken.jpg" in printed
+    assert "3 pictures searched" in printed
+
+
+def test_search_mistakes_get_one_line(run, pictures, tmp_path, capsys):
+    for folder, message in ((tmp_path / "nowhere", "nowhere: no such folder"), (tmp_path, "no picture that can be read")):
+        with pytest.raises(SystemExit, match=message):
+            search(pictures, run / "best.pt", folder, "a red star", capsys=capsys)
+    with pytest.raises(SystemExit, match="nowhere.pt: no such checkpoint"):
+        search(pictures, "nowhere.pt", pictures, "a red star", capsys=capsys)
+
+
 # --- two processes ---
 
 def torchrun(processes, *command, cwd):
@@ -300,7 +427,8 @@ loss = network(images=images[share], tokens=tokens[share])["loss"]
 loss.backward()
 if dist.get_rank() == 0:
     torch.save({name: p.grad for name, p in model.named_parameters()}, sys.argv[2])
-dist.barrier()  # nobody hangs up while another still talks
+del network, loss  # or the process group outlives its end, and its threads abort the process now and then
+dist.barrier()
 dist.destroy_process_group()
 """
 
@@ -319,7 +447,7 @@ def test_gradients_of_two_processes_equal_one(tmp_path):
 # --- messages ---
 
 @pytest.mark.parametrize("more, message", [
-    (["--model", "clop"], "--model clop: unknown; known: liteclip"),
+    (["--model", "clop"], "--model clop: unknown; known: clip, koclip, liteclip"),
     (["--config", "huge"], "--config huge: liteclip has no such configuration; known: liteclip, small, tiny"),
     (["--data", "flickr9k"], "--data flickr9k: neither a data set (shapes, shapes-ko, flickr8k"),
     (["--batch", "1"], "--batch 1: a batch must be >= 2 (1 leaves no negatives)"),
