@@ -222,22 +222,11 @@ class CLIP(nn.Module):
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"
 
-    @classmethod
-    def sizes(cls):
-        """The configurations of this class, by name."""
-        return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
-
-    @staticmethod
-    def towers(config):
-        return ImageEncoder(config), TextEncoder(config)
-
-    def __init__(self, config):
+    def __init__(self, config, image_tower=ImageEncoder, text_tower=TextEncoder):
         super().__init__()
-        if not isinstance(config, self.Config):
-            raise ValueError(f"{type(self).__name__} is made of a {self.Config.__name__}, got {config!r}; its sizes: "
-                             + ", ".join(self.sizes()))
         self.config = config
-        self.image_encoder, self.text_encoder = self.towers(config)
+        self.image_encoder = image_tower(config)
+        self.text_encoder = text_tower(config)
         # A cosine lies in [-1, 1]; softmax over a batch needs a larger range to be sure of anything, and how large is
         # learned. As an exponent, so that it stays positive and moves by factors.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -309,9 +298,7 @@ class CLIP(nn.Module):
         config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's. A
         Config with another image_size than the file's is fine: the table of positions is resized, with a warning.
         """
-        if isinstance(source, str) and source in PUBLISHED:
-            import data  # not at the top: this file works without its siblings
-            source, config = data.fetch(PUBLISHED[source], source, cache)["source"], config or source
+        source, config = find_source(source, config, cls, cache)
         state = read_state(open_torchscript(source))
         if cls is CLIP and "input_resolution" not in state and not isinstance(config, Config):
             warnings.warn("the weights do not say which activation they were trained with; taken: quick_gelu, as "
@@ -319,7 +306,7 @@ class CLIP(nn.Module):
                           'dataclasses.replace(CONFIGS["vit-b-32"], activation="gelu")')
         state = arrange(rename(state))
         fits = fitting_config(state, cls) if config is None or isinstance(config, str) else None
-        model = cls(find_config(config or fits or next(iter(cls.sizes()))))
+        model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
         try:
             load_strictly(model, resize_positions(state, model))
         except ValueError as error:
@@ -391,18 +378,29 @@ def open_torchscript(source):
             return source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; these files stay what they are
-        return torch.jit.load(source, map_location="cpu").state_dict()
+        try:
+            return torch.jit.load(source, map_location="cpu").state_dict()
+        except RuntimeError:
+            raise ValueError(f"{source} is no checkpoint: a damaged TorchScript archive") from None
+
+
+def find_source(source, config, cls, cache):
+    """The name of a published model -> its file, downloaded, and its name as config. All else stays what it is."""
+    if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
+        import data  # not at the top: this file works without its siblings
+        return data.fetch(PUBLISHED[source], source, cache)["source"], config or source
+    return source, config
 
 
 def read_state(source):
     """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
-    if isinstance(source, dict):
-        return source
+    state = source
     try:
         if str(source).endswith(".safetensors"):
             from safetensors.torch import load_file
-            return load_file(source)
-        state = torch.load(source, map_location="cpu", weights_only=True)
+            state = load_file(source)
+        elif not isinstance(source, dict):
+            state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{source}: no such file") from None
     except ModuleNotFoundError as error:
@@ -410,17 +408,20 @@ def read_state(source):
     except Exception as error:  # these libraries raise half a dozen types for a file that is no checkpoint
         raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
                          "file that holds tensors alone") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{source} holds a {type(state).__name__}; expected a state dict")
-    if "tokenizer" in state:
+    if isinstance(state, dict) and "tokenizer" in state:
         raise ValueError(f"{source} was written by train.py: use train.load")
-    return state.get("state_dict", state)
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        what = "the source" if isinstance(source, dict) else source
+        raise ValueError(f"{what} holds other things than tensors by name; expected a state dict")
+    return state
 
 
 def fitting_config(state, cls):
     """The name of the size whose parameters have the names and shapes of this state dict, or None."""
     shapes = {name: value.shape for name, value in state.items()}
-    for name, config in cls.sizes().items():
+    for name, config in sizes(cls).items():
         with torch.device("meta"):  # shapes without memory
             if {name: value.shape for name, value in cls(config).state_dict().items()} == shapes:
                 return name
@@ -429,8 +430,8 @@ def fitting_config(state, cls):
 def resize_positions(state, model, name="image_encoder.positional_embedding", extra=1):
     """The table of positions, resized if the file's pictures had more or fewer patches; `extra` rows are no patches."""
     table, rows = state.get(name), len(model.state_dict()[name])
-    old, new = (math.isqrt(n - extra) for n in (0 if table is None else len(table), rows))
-    if table is None or len(table) == rows or old ** 2 + extra != len(table):
+    old, new = (math.isqrt(n - extra) for n in (rows if table is None else len(table), rows))
+    if old == new or old ** 2 + extra != len(table):
         return state  # nothing to do, or nothing that could be done
     warnings.warn(f"positions for {old} x {old} patches, resized to {new} x {new}")
     grid = table[extra:].float().T.view(1, -1, old, old)
@@ -464,15 +465,22 @@ CONFIGS = {
     "vit-l-14-336": Config(image_size=336, patch_size=14, image_width=1024, image_layers=24, image_heads=16,
                            image_mlp=4096, text_width=768, text_heads=12, text_mlp=3072, embed_dim=768),  # 427,944,193
     "tiny": Config(image_size=64, patch_size=8, image_width=128, image_layers=4, image_heads=4, image_mlp=512,
-                   vocab_size=1024, context_length=64, text_width=128, text_layers=2, text_heads=4, text_mlp=512,
+                   vocab_size=1024, end_id=2, context_length=64, text_width=128, text_layers=2, text_heads=4, text_mlp=512,
                    embed_dim=128),
 }
 
 
-def find_config(config):
-    """A Config, or the name of one."""
-    if isinstance(config, str) and config not in CONFIGS:
-        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(CONFIGS)}")
+def sizes(cls):
+    """The configurations of a model class, by name."""
+    return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
+
+
+def find_config(config, cls):
+    """A Config of this class, or the name of one."""
+    if isinstance(config, str) and config not in sizes(cls):
+        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(sizes(cls))}")
+    if not isinstance(config, (str, cls.Config)):
+        raise ValueError(f"{cls.__name__} is made of a {cls.Config.__name__}, got a {type(config).__name__}")
     return CONFIGS[config] if isinstance(config, str) else config
 
 
@@ -606,20 +614,14 @@ class KoCLIP(CLIP):
     Config = KoConfig
     example_labels = "이것은 강아지 이다.", "이것은 고양이 이다."  # "this is a dog", in the form that KoCLIP's authors advise
 
-    @staticmethod
-    def towers(config):
-        return {"clip": ImageEncoder, "vit": ViT}[config.image_tower](config), RoBERTa(config)
-
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config, {"clip": ImageEncoder, "vit": ViT}[config.image_tower], RoBERTa)
         nn.init.ones_(self.logit_scale)
 
     @classmethod
     def from_pretrained(cls, source, config=None, cache="data/cache"):
         """As CLIP.from_pretrained, from KoCLIP's dual encoders: Hugging Face's names, or Flax's .msgpack."""
-        if isinstance(source, str) and source in PUBLISHED:
-            import data
-            source, config = data.fetch(PUBLISHED[source], source, cache)["source"], config or source
+        source, config = find_source(source, config, cls, cache)
         state = read_flax(source) if str(source).endswith(".msgpack") else read_state(source)
         return super().from_pretrained(rename(state, KOCLIP_NAMES), config)
 
@@ -629,13 +631,13 @@ class KoCLIP(CLIP):
 
         image: CLIP ViT-B/32 or ViT-L/16, text: RoBERTa, as Hugging Face has them; each a path or a state dict.
         """
-        model = cls(find_config(config))
+        model = cls(find_config(config, cls))
         loaded = {}
         for source, tower in ((image, "image_encoder."), (text, "text_encoder.")):
             state = arrange(rename(rename(read_state(source), KOCLIP_NAMES)))
             loaded |= {name: value for name, value in state.items() if name.startswith(tower)}
         fresh = r"pooler\.|ln_post\.1\.|text_projection$|logit_scale$"
-        fresh += "" if config.image_tower == "clip" else r"|image_encoder\.proj$"
+        fresh += "" if model.config.image_tower == "clip" else r"|image_encoder\.proj$"
         load_strictly(model, {n: v for n, v in model.state_dict().items() if re.search(fresh, n)} | loaded)
         return model
 
@@ -659,17 +661,6 @@ KOCLIP_NAMES = [  # applied before NAMES
 
 def read_flax(path):
     """KoCLIP's flax_model.msgpack -> a state dict as PyTorch would hold it."""
-    try:
-        import msgpack
-        with open(path, "rb") as file:
-            tree = msgpack.unpackb(file.read(), ext_hook=flax_array)
-    except ModuleNotFoundError:
-        raise ValueError(f"{path}: reading it needs a package; pip install msgpack") from None
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # msgpack raises half a dozen types for a file that is none
-        raise ValueError(f"{path} is no Flax checkpoint ({type(error).__name__})") from None
-
     def walk(tree, name=()):
         for key, value in tree.items():
             if isinstance(value, dict):
@@ -678,7 +669,17 @@ def read_flax(path):
                 yield ".".join((*name, "weight")), value.T if value.ndim == 2 else value.permute(3, 2, 0, 1)
             else:
                 yield ".".join((*name, {"scale": "weight", "embedding": "weight"}.get(key, key))), value
-    return dict(walk(tree))
+
+    try:
+        import msgpack
+        with open(path, "rb") as file:
+            return dict(walk(msgpack.unpackb(file.read(), ext_hook=flax_array)))
+    except ModuleNotFoundError:
+        raise ValueError(f"{path}: reading it needs a package; pip install msgpack") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # msgpack raises half a dozen types for a file that is none
+        raise ValueError(f"{path} is no Flax checkpoint ({type(error).__name__})") from None
 
 
 def flax_array(code, content):

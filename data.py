@@ -1090,7 +1090,7 @@ class CLIPBPE:
         # Numbers beyond \d (Roman numerals, superscripts, fractions) are one token each, as digits are.
         numbers = "".join(chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) in ("Nl", "No"))
         self.word = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
-                               rf"|[^\W\d_{numbers}]+|[\d{numbers}]|(?:[^\s\w]|_)+", re.IGNORECASE)
+                               rf"|[^\W\d_{numbers}]+|[\d{numbers}]|(?:[^\s\w\u0345]|_)+", re.IGNORECASE)
         self.cache = {}
 
     @classmethod
@@ -1100,7 +1100,7 @@ class CLIPBPE:
                 lines = file.read().split("\n")
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
-        except (OSError, EOFError, UnicodeDecodeError):
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error):
             raise UserError(f"{path} is no CLIP vocabulary (expected bpe_simple_vocab_16e6.txt.gz)") from None
         merges = lines[1:49152 - 256 - 2 + 1]  # the first line is a comment, and the file lists more than CLIP uses
         if len(merges) != 48894 or any(merge.count(" ") != 1 for merge in merges):
@@ -1113,10 +1113,12 @@ class CLIPBPE:
     @staticmethod
     def clean(text):
         """What ftfy does to text that is not broken, then as CLIP: HTML entities, white space, lower case."""
-        if "<" not in text:  # as ftfy: text with tags in it may be HTML, and there entities mean themselves
-            text = html.unescape(text)
-        text = text.translate(CLEANED)
-        text = unicodedata.normalize("NFC", text)
+        tags, before = "<" in text, None  # as ftfy: text with tags may be HTML, where entities mean themselves
+        while text != before:  # what an entity stands for may itself need cleaning
+            before = text
+            if not tags:
+                text = re.sub(r"&#?[0-9A-Za-z]{1,24};", lambda entity: html.unescape(entity[0]), text)
+            text = unicodedata.normalize("NFC", text.translate(CLEANED))
         return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
     def encode(self, text):
@@ -1151,7 +1153,7 @@ class CLIPBPE:
 CLEANED = {code: unicodedata.normalize("NFKC", chr(code)) for code in (
     *range(0xFF01, 0xFFF0), *range(0xFB00, 0xFB07), 0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), 0x1F1, 0x1F2, 0x1F3)}
 CLEANED |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
-CLEANED |= {0x3000: " ", 0x2028: "\n", 0x2029: "\n", 0x85: "\n"}
+CLEANED |= {code: c for code in range(128, 160) for c in bytes([code]).decode("cp1252", "ignore")} | {0xFB05: "\u017ft"}
 CLEANED |= dict.fromkeys((*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)))
 
 

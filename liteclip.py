@@ -247,11 +247,6 @@ class LiteCLIP(nn.Module):
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"
 
-    @classmethod
-    def sizes(cls):
-        """The configurations of this class, by name."""
-        return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -326,7 +321,7 @@ class LiteCLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, source, config="liteclip"):
         """A published liteCLIP checkpoint (path or state dict), loaded strictly; config: a Config or its name."""
-        model = cls(find_config(config))
+        model = cls(find_config(config, cls))
         load_strictly(model, arrange(rename(read_state(source))))
         return model
 
@@ -337,7 +332,7 @@ class LiteCLIP(nn.Module):
         imagenet: torchvision's `convnext_tiny` weights; bert: BERT-mini's; each a path or a state dict. Strict: a file
         must hold its whole tower; its classifier is dropped by name.
         """
-        model = cls(find_config(config))
+        model = cls(find_config(config, cls))
         convnext = rename(read_state(imagenet))
         load_strictly(model.image_encoder, {name: value.flatten() if name.endswith(".gamma") else value
                                             for name, value in convnext.items()})  # torchvision's gamma is (C, 1, 1)
@@ -422,13 +417,13 @@ def arrange(state):
 
 def read_state(source):
     """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
-    if isinstance(source, dict):
-        return source
+    state = source
     try:
         if str(source).endswith(".safetensors"):
             from safetensors.torch import load_file
-            return load_file(source)
-        state = torch.load(source, map_location="cpu", weights_only=True)
+            state = load_file(source)
+        elif not isinstance(source, dict):
+            state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{source}: no such file") from None
     except ModuleNotFoundError as error:
@@ -436,11 +431,14 @@ def read_state(source):
     except Exception as error:  # these libraries raise half a dozen types for a file that is no checkpoint
         raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
                          "file that holds tensors alone") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{source} holds a {type(state).__name__}; expected a state dict")
-    if "tokenizer" in state:
+    if isinstance(state, dict) and "tokenizer" in state:
         raise ValueError(f"{source} was written by train.py: use train.load")
-    return state.get("state_dict", state)
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        what = "the source" if isinstance(source, dict) else source
+        raise ValueError(f"{what} holds other things than tensors by name; expected a state dict")
+    return state
 
 
 def load_strictly(model, state):
@@ -471,10 +469,17 @@ CONFIGS = {
 }
 
 
-def find_config(config):
-    """A Config, or the name of one."""
-    if isinstance(config, str) and config not in CONFIGS:
-        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(CONFIGS)}")
+def sizes(cls):
+    """The configurations of a model class, by name."""
+    return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
+
+
+def find_config(config, cls):
+    """A Config of this class, or the name of one."""
+    if isinstance(config, str) and config not in sizes(cls):
+        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(sizes(cls))}")
+    if not isinstance(config, (str, cls.Config)):
+        raise ValueError(f"{cls.__name__} is made of a {cls.Config.__name__}, got a {type(config).__name__}")
     return CONFIGS[config] if isinstance(config, str) else config
 
 

@@ -444,7 +444,7 @@ def choose(args):
     if args.model not in MODELS:
         raise UserError(f"--model {args.model}: unknown; known: {', '.join(MODELS)}")
     Model = MODELS[args.model]
-    sizes = list(Model.sizes())
+    sizes = list(home(Model).sizes(Model))
     generated = args.data is None or args.data in data.GENERATED
     args.config = args.config or next(name for name in sizes if not generated or name.endswith("tiny"))
     if args.config not in sizes:
@@ -466,7 +466,7 @@ def choose(args):
         raise UserError(f"--seed {args.seed}: expected 0 to 2147483647")
     if args.out and (Path(args.out) / "last.pt").exists() and not args.checkpoint:
         raise UserError(f"--out {args.out} holds a run already: go on with --resume {args.out}, or name another folder")
-    return Model, Model.sizes()[args.config], recipe
+    return Model, home(Model).sizes(Model)[args.config], recipe
 
 
 def make_folder(args):

@@ -327,7 +327,7 @@ def test_koclip_takes_korean_shapes_unless_told_otherwise():
 def test_released_weights_by_name(name, tmp_path, monkeypatch):
     """train.load("clip/vit-b-32") without the download: a small model in the place of the released file."""
     Model, size = train.MODELS[name.split("/")[0]], name.split("/")[1]
-    tiny = next(config for key, config in Model.sizes().items() if key.endswith("tiny"))
+    tiny = next(config for key, config in train.home(Model).sizes(Model).items() if key.endswith("tiny"))
     torch.save(Model(tiny).state_dict(), tmp_path / "source.pt")
     monkeypatch.setitem(clip.CONFIGS, size, tiny)
     monkeypatch.setattr(data, "fetch", lambda files, *_: {"source": tmp_path / "source.pt", "vocab": files["vocab"][0]})
