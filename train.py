@@ -207,8 +207,11 @@ def gallery(split):
             "(an image may find any caption of its own)")
 
 
-def draw_retrieval(path, model, split, features, rows=6):
-    """A picture: captions, each with the five images most similar to it; its own image is framed in green."""
+def draw_retrieval(path, model, split, pictures, features, rows=6):
+    """A picture: captions, each with the five images most similar to it; its own image is framed in green.
+
+    pictures: uint8 (N, S, S, 3), what to show of each image of the split, at any size.
+    """
     image_features, text_features, owner = features
     device = model.logit_scale.device
     captions = [caption for sample in split.samples for caption in sample.captions]
@@ -237,7 +240,7 @@ def draw_retrieval(path, model, split, features, rows=6):
         pen.multiline_text((gap, y + text_height - 6), text, fill="black", font=font, anchor="ld", spacing=3)
         for column, i in enumerate(table[row].argsort(descending=True)[:5].tolist()):
             x, top = gap + column * (side + gap), y + text_height
-            sheet.paste(Image.fromarray(split.images[i]).resize((side, side), Image.BICUBIC), (x, top))
+            sheet.paste(Image.fromarray(pictures[i]).resize((side, side), Image.BICUBIC), (x, top))
             pen.text((x, top + side + 4), f"cosine {table[row, i]:.2f}", fill="gray", font=small)
             if i == owner[t]:
                 pen.rectangle((x - 4, top - 4, x + side + 3, top + side + 3), outline=(30, 160, 60), width=4)
@@ -629,8 +632,9 @@ def finish(args, folder, minutes):
     row = test(args, folder / "best.pt", pick_device(), minutes)
     labels = {"shapes": ("a red star", "a blue circle"), "shapes-ko": ("빨간색 별", "파란색 원")}.get(
         args.data, MODELS[args.model].example_labels)
+    use = f"python {home(MODELS[args.model]).__name__}.py {folder}/best.pt PICTURE"
     say(f"\n{row}\n\npicture:  {folder}/retrieval.png\n"
-        f"use it:   python {home(MODELS[args.model]).__name__}.py {folder}/best.pt PICTURE \"{labels[0]}\" \"{labels[1]}\"\n"
+        f'use it:   {use} "{labels[0]}" "{labels[1]}"\n'
         f"again:    python train.py --eval {folder}/best.pt")
 
 
@@ -647,7 +651,10 @@ def test(args, path, device, minutes=None):
     scores, features = evaluate(model, tokenizer, split, task, pick_precision(device, args.precision))
     if rank() == 0:
         try:
-            draw_retrieval(Path(path).parent / "retrieval.png", model, split, features)
+            shown = split  # on a sheet, the pictures of small models are drawn larger than the models see them
+            if model.config.image_size < 128:
+                shown = load_split(args, replace(model.config, image_size=128), "test")
+            draw_retrieval(Path(path).parent / "retrieval.png", model, split, shown.images, features)
         except OSError as error:
             say(f"cannot write the picture: {error}")
     say(gallery(split))

@@ -1034,3 +1034,28 @@ def test_cuda_agrees_with_the_cpu(make, dtype, tolerance):
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     assert model.logit_scale.grad.item() == pytest.approx(scale_gradient, rel=tolerance, abs=tolerance)
+
+
+# --- the head start of small towers ---
+
+def test_head_start_makes_neighbours_alike_and_three_filters_of_four_blind_to_brightness():
+    config = replace(CONFIGS["tiny"], image_size=64, patch_size=8)
+    assert config.head_start and not CONFIGS["vit-b-32"].head_start
+    torch.manual_seed(0)
+    tower = clip.ImageEncoder(config)
+    torch.manual_seed(0)
+    plain = clip.ImageEncoder(replace(config, head_start=False))
+    width, table = config.image_width, tower.positional_embedding.detach()
+    assert torch.equal(table[0], plain.positional_embedding[0])  # the class token is nowhere
+    row, column = 5, 2  # of 8 x 8, by hand: the first half tells the column, the second the row
+    for half, place in ((0, column), (1, row)):
+        for i in (0, 3, width // 4 - 1):
+            angle = place * 30 ** (-i / (width // 4))
+            at = table[1 + 8 * row + column, half * width // 2 + i:][:width // 4 + 1]
+            assert at[0].item() == pytest.approx(math.sin(angle), abs=1e-5)
+            assert at[-1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+    alike = F.cosine_similarity(table[1:, None], table[None, 1:], dim=-1)[8 * 4 + 4].view(8, 8)
+    assert alike[4, 5] > alike[4, 6] > alike[4, 7] and alike[3, 4] > alike[2, 4] and alike[4, 5] > alike[0, 0]
+    white = tower.conv1(torch.ones(1, 3, 64, 64)).abs().amax(dim=(0, 2, 3))
+    assert white[:3 * width // 4].max() < 1e-5 < 1e-2 < white[3 * width // 4:].mean()
+    assert torch.equal(tower.conv1.weight[3 * width // 4:], plain.conv1.weight[3 * width // 4:])

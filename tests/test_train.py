@@ -377,7 +377,8 @@ def test_search_leaves_out_what_it_cannot_read_and_says_so(run, pictures, tmp_pa
 
 
 def test_search_mistakes_get_one_line(run, pictures, tmp_path, capsys):
-    for folder, message in ((tmp_path / "nowhere", "nowhere: no such folder"), (tmp_path, "no picture that can be read")):
+    for folder, message in ((tmp_path / "nowhere", "nowhere: no such folder"),
+                            (tmp_path, "no picture that can be read")):
         with pytest.raises(SystemExit, match=message):
             search(pictures, run / "best.pt", folder, "a red star", capsys=capsys)
     with pytest.raises(SystemExit, match="nowhere.pt: no such checkpoint"):

@@ -1,0 +1,31 @@
+"""What several model files have in common is the same to the letter: what differs between them is the papers'."""
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = [name for name in ("clip.py", "liteclip.py", "prolip.py", "llip.py", "clips.py") if (ROOT / name).exists()]
+OWN = {"Config", "ImageEncoder", "TextEncoder"}  # of the same name in every file, and every file's own
+METHODS = {"similarity", "normalize", "tokenize", "text_batch", "forward"}  # of the model class
+
+
+def definitions(name):
+    """The source of every class and function at the top of a file, and of the model class's shared methods."""
+    source = (ROOT / name).read_text(encoding="utf-8")
+    nodes = [node for node in ast.parse(source).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    found = {node.name: ast.get_source_segment(source, node) for node in nodes}
+    for node in nodes:
+        if node.name.lower() == name.removesuffix(".py"):
+            found |= {f"model.{method.name}": ast.get_source_segment(source, method) for method in node.body
+                      if isinstance(method, ast.FunctionDef) and method.name in METHODS}
+    return found
+
+
+@pytest.mark.parametrize("one, other", itertools.combinations(FILES, 2))
+def test_what_two_files_share_is_identical(one, other):
+    a, b = definitions(one), definitions(other)
+    shared = (a.keys() & b.keys()) - OWN
+    assert {"Attention", "MLP", "gather", "contrastive_loss", "load_strictly", "model.tokenize"} <= shared
+    assert [name for name in sorted(shared) if a[name] != b[name]] == []
