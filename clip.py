@@ -1,34 +1,40 @@
 """CLIP: images and texts in one space, learned from captioned pictures alone.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020 (2021).
-KoCLIP, its Korean port, is the last section of this file.
+The last section of this file is KoCLIP: the same loss, in Korean, on two towers that were trained before.
 
 The idea: do not teach a model to name one of 1,000 classes. Show it a batch of B pictures and their B captions, and ask
-which caption belongs to which picture. Whoever can answer that for any batch knows what is on pictures, in words; and
+which caption belongs to which picture. Whoever can answer that for any batch can say in words what a picture shows; and
 a new class is then just a new caption.
 
-    image    u = ViT(image)         P x P patches and a class token; the class token's last state, projected      (B, E)
+    image    u = ViT(image)         patches of P x P pixels and a class token, whose last state is projected      (B, E)
     text     v = Transformer(text)  causal; the state at the end-of-text token, projected                         (B, E)
-    logits   S_ij = exp(logit_scale) * u_i . v_j      with u and v of length 1                                    (B, B)
-    loss     L = 1/2 [ CE(rows of S, diagonal) + CE(columns of S, diagonal) ]                                  Fig. 3
+    logits   s_ij = exp(logit_scale) * u_i . v_j      with u and v of length 1                                    (B, B)
+    loss     1/2 [ CE(rows of s, diagonal) + CE(columns of s, diagonal) ]                                       Fig. 3
 
-Shapes: B batch, N image tokens (class token and patches), L text tokens, D width, H attention heads, E embedding.
+Shapes: B batch, S image side, P patch side, N image tokens (class token and patches), L text tokens, D width,
+H attention heads, E embedding, W processes.
 
-How to read it: Attention, MLP and Block are any transformer's. ImageEncoder and TextEncoder are what is around the
-blocks. contrastive_loss is the paper. CLIP puts them together. The rest reads other people's weights.
+How to read it: Attention, MLP and Block are those of any transformer; ImageEncoder and TextEncoder put an input and an
+output around them; contrastive_loss is the paper; CLIP joins the three. That is the lesson. What follows is for when
+you need it: published weights, sizes and recipes, a pipeline, KoCLIP.
 
-Where this file departs from the published code (it computes the same; tests/golden holds the values):
-  - the text feature is taken at the first end-of-text id, `end_id`, not at the largest id: any tokenizer will do;
-  - texts need not be padded to 77: attention is causal, so nothing behind the end of a text can change its feature;
-  - the loss is over the batch of all processes, each computing its own rows (OpenAI published no training code);
-  - the paper's random crop is joined by flips where captions allow them, and batches are what your machine can hold.
+It computes what OpenAI's code computes (tests/golden holds the values). What differs:
+  - the text feature is taken at the first end-of-text id, `end_id`, and not at the largest id: the same for CLIP's
+    tokenizer, and any other will do;
+  - texts need not be padded to 77: attention is causal, so nothing behind the end of a text can change its feature.
+    Longer ones are cut, with a warning, where OpenAI's code refuses them;
+  - training, of which OpenAI published the description alone: the loss is over the batch of all processes, each
+    computing its own rows; flips join the random crop where captions allow them; a batch is what your machine holds;
+  - the tiny size begins with `head_start`; the published sizes begin as published.
 
-    python train.py --model clip                                         # the tiny one on generated pictures
-    python train.py --model clip --config vit-b-32 --data flickr8k       # goes on from OpenAI's weights
-    python clip.py runs/clip-shapes/best.pt photo.jpg "a red star" "a blue circle"
+    python train.py --model clip                                       # the tiny one on generated pictures: 5 minutes
+    python train.py --model clip --config vit-b-32 --data flickr8k     # goes on from OpenAI's weights
+    python clip.py runs/clip-shapes/best.pt photo.png "a red star" "a blue circle"
     python clip.py clip/vit-b-32 photo.jpg "a photo of a dog" "a photo of a cat"       # OpenAI's, downloaded once
 """
 import math
+import os
 import re
 import sys
 import warnings
@@ -48,7 +54,7 @@ class Config:
     image_width: int = 768
     image_layers: int = 12
     image_heads: int = 12
-    image_mlp: int = 3072
+    image_mlp: int = 3072            # the hidden width
     vocab_size: int = 49408
     end_id: int = 49407              # the token at which a text's feature is taken
     context_length: int = 77         # longer texts are cut here
@@ -57,8 +63,8 @@ class Config:
     text_heads: int = 8
     text_mlp: int = 2048
     embed_dim: int = 512
-    activation: str = "quick_gelu"   # of OpenAI's weights; LAION's were trained with "gelu"
-    head_start: bool = False         # fresh small towers: see ImageEncoder.head_start
+    activation: str = "quick_gelu"   # OpenAI's weights; LAION's need "gelu"
+    head_start: bool = False         # for fresh small towers: see the function of that name
 
 
 def quick_gelu(x):
@@ -75,7 +81,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj.weight)  # from here to the biases: as nn.MultiheadAttention starts
+        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as nn.MultiheadAttention starts
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -88,6 +94,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with a nonlinearity between them. The names (c for convolution) are GPT-2's, and from there CLIP's."""
     def __init__(self, width, hidden, activation=F.gelu):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -99,7 +106,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with the norms before attention and MLP (pre-LN): what runs through x is only added to."""
+    """A transformer block with the norms before attention and MLP (pre-LN): x itself is only ever added to."""
     def __init__(self, width, heads, hidden, activation, eps=1e-5):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=eps)
@@ -112,40 +119,29 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+# --- the two towers -------------------------------------------------------------------------------------------------
+
 class ImageEncoder(nn.Module):
-    """ViT: images (B, 3, H, W), normalised -> (B, E)."""
+    """ViT: images (B, 3, S, S), normalised -> (B, E)."""
+    patch_bias, eps = False, 1e-5
+
     def __init__(self, config):
         super().__init__()
         width, grid = config.image_width, config.image_size // config.patch_size
-        self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size,
+                               bias=self.patch_bias)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + grid ** 2, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList([Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation])
-                                     for _ in range(config.image_layers)])
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width, eps=self.eps)
+        self.blocks = nn.ModuleList([
+            Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation], self.eps)
+            for _ in range(config.image_layers)])
+        self.ln_post = nn.LayerNorm(width, eps=self.eps)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
-        if config.head_start:
-            self.head_start()
-
-    @torch.no_grad()
-    def head_start(self):
-        """Begin with what a ViT learns first, for towers that have minutes instead of days.
-
-        Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three of
-        four without their mean, and stronger, so that they see contrast and not brightness. All of it goes on learning.
-        Without it the tiny size learns colours in its eight epochs, but hardly any shapes.
-        """
-        grid, width = math.isqrt(len(self.positional_embedding) - 1), self.positional_embedding.shape[1]
-        place = torch.arange(grid)[:, None] * torch.exp(-math.log(30) * torch.arange(width // 4) / (width // 4))
-        wave = torch.cat([place.sin(), place.cos()], dim=1)  # (grid, D/2)
-        self.positional_embedding[1:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)
-        contrast = self.conv1.weight[:3 * width // 4]
-        contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N - 1, D): a token for each patch
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], dim=1)  # (B, N, D)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, N, D)
         x = self.ln_pre(x + self.positional_embedding)
         for block in self.blocks:
             x = block(x)
@@ -155,7 +151,7 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A causal transformer: tokens (B, L) with `end_id` in every row -> (B, E), from the state at the first `end_id`.
 
-    Only there has it read the whole text. What stands behind it is never looked at: padding may be any id, any length.
+    Only there has it read the whole text. Nothing after it has any influence: padding may be any id and any length.
     """
     def __init__(self, config):
         super().__init__()
@@ -168,7 +164,7 @@ class TextEncoder(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.blocks:  # what is added to x starts the smaller, the more blocks there are
+        for block in self.blocks:  # the more blocks, the smaller each one's first contribution to x
             nn.init.normal_(block.attn.in_proj.weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -179,8 +175,8 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, causal=True)
         ends = tokens == self.end_id
-        if tokens.device.type == "cpu" and not ends.any(dim=1).all():  # a GPU would have to stop and wait to tell
-            raise ValueError(f"a row of tokens has no end-of-text id {self.end_id}; `tokenize` puts one in each")
+        if tokens.device.type == "cpu" and not ends.any(dim=1).all():  # on a GPU, to ask is to wait for the answer
+            raise ValueError(f"a row of tokens has no end-of-text id {self.end_id}: is this the model's own tokenizer?")
         x = x[torch.arange(len(x), device=x.device), ends.int().argmax(dim=1)]  # (B, D), argmax: the first of them
         return self.ln_final(x) @ self.text_projection  # (B, E)
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -188,9 +184,10 @@ class TextEncoder(nn.Module):
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
 
-    Why the result is exact: process r has the loss L_r over its own B rows, and the loss of the whole batch is
-    L = 1/W sum_r L_r. L depends on the features x_r of process r through every L_q, so dL/dx_r = 1/W sum_q dL_q/dx_r.
-    The backward below adds up the terms of the sum, and DDP, which averages gradients over processes, supplies 1/W.
+    Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
+    loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up the terms of the sum, and DDP, which averages gradients
+    over the processes, supplies 1/W.
     """
     @staticmethod
     def forward(ctx, x):
@@ -200,7 +197,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd's own tensor is not ours to change
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -215,7 +212,7 @@ def upcast(x):
 
 
 def full_precision(x):
-    """The context of the lengths, the similarities and the loss: encoders may run in bf16, these never."""
+    """Switches autocast off: encoders may run in bf16, the lengths, similarities and the loss do not."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -224,19 +221,25 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features: (B, E) of length 1, row i of one belongs to row i of the other;
     scale: exp(logit_scale).
-    Local rows against the columns of all W processes. Never negative; ln(W B) says that nothing was learned yet.
+    Local rows against the columns of all W processes. Never negative. Features that are all alike give just ln(W B);
+    an untrained model lies a little above.
     In fp32: at a scale of 100, logits in bf16 are wrong by 0.1 to 0.5, and this product costs next to nothing.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
         logits_per_image = scale * image_features @ gather(text_features).T  # (B, W B)
         logits_per_text = scale * text_features @ gather(image_features).T   # (B, W B)
-        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0
+        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # where our columns begin
         labels = torch.arange(first, first + len(image_features), device=image_features.device)
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
 
 class CLIP(nn.Module):
+    """Two encoders and one learned number, logit_scale.
+
+    train.py needs `Config`, `example_labels` (for its closing hint), `tokenize`, `text_batch` and `forward`; everybody
+    else `encode_image`, `encode_text`, `similarity` and `from_pretrained`.
+    """
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"
 
@@ -245,8 +248,10 @@ class CLIP(nn.Module):
         self.config = config
         self.image_encoder = image_tower(config)
         self.text_encoder = text_tower(config)
+        if config.head_start:
+            head_start(self.image_encoder)
         # A cosine lies in [-1, 1]; softmax over a batch needs a larger range to be sure of anything, and how large is
-        # learned. As an exponent, so that it stays positive and moves by factors.
+        # learned. As an exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The mean and spread of CLIP's own training pictures.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
@@ -258,11 +263,11 @@ class CLIP(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
-            images = (images / 255 - self.mean) / self.std
+            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return self.normalize(self.image_encoder(images))
 
     def encode_text(self, tokens):
-        """int64 tokens from `tokenize`, (B, L), L at most the rows of the table of positions -> length 1, (B, E)."""
+        """int64 tokens from `tokenize`, (B, L), L at most the number of positions -> features of length 1, (B, E)."""
         limit = len(self.text_encoder.positional_embedding)
         if tokens.ndim != 2 or tokens.shape[1] > limit:
             raise ValueError(f"tokens must be (B, L) with L <= {limit}, got {tuple(tokens.shape)}")
@@ -274,7 +279,10 @@ class CLIP(nn.Module):
             return upcast(image_features) @ upcast(text_features).T
 
     def forward(self, images, tokens):
-        """images (B, 3, H, W) and their captions (B, L) -> {"loss": this process's rows against all columns}."""
+        """images (B, 3, S, S) and their captions (B, L) -> {"loss": this process's rows against all columns}.
+
+        A dict, because other models of the family have several terms, and train.py logs what it finds.
+        """
         image_features = self.encode_image(images)
         text_features = self.encode_text(tokens)
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
@@ -287,14 +295,14 @@ class CLIP(nn.Module):
     # --- texts: which captions this model wants, and the special tokens around their pieces ---
 
     def tokenize(self, texts, tokenizer):
-        """Texts -> int64 (B, L): [CLS] pieces [SEP], cut to context_length with [SEP] kept, [PAD] to the longest."""
+        """Texts -> int64 (B, L): start, pieces, end; cut to context_length with the end kept; padded to the longest."""
         if isinstance(texts, str) or not texts:
             raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
         room = self.config.context_length - 2
         pieces = [tokenizer.encode(text) for text in texts]
         cut = sum(len(p) > room for p in pieces)
         if cut:
-            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
+            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)", stacklevel=2)
         rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
         tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
         for i, row in enumerate(rows):
@@ -302,7 +310,10 @@ class CLIP(nn.Module):
         return tokens
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: one caption of each sample, drawn by that sample's own generator."""
+        """What `forward` needs besides the images: one caption of each sample, drawn by that sample's own generator.
+
+        samples: of data.py, each a picture's texts; rngs: a random.Random for each.
+        """
         return {"tokens": self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)}
 
     # --- weights from elsewhere ---
@@ -311,31 +322,36 @@ class CLIP(nn.Module):
     def from_pretrained(cls, source, config=None, cache="data/cache"):
         """Published weights, loaded strictly.
 
-        source: the name of a published model, such as "vit-b-32" (downloaded into `cache` once and checked, with its
-        vocabulary), or the path of a file, or a state dict; in the names of OpenAI, open_clip or Hugging Face.
+        source: the name of a published model, such as "vit-b-32" (downloaded once, into `cache`, with its vocabulary;
+        checked where PUBLISHED has a SHA-256), or the path of a file, or a state dict; in the names of OpenAI, open_clip
+        or Hugging Face. A TorchScript archive may bring code that runs when it is opened: OpenAI's are such archives;
+        take none from strangers.
         config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's. A
         Config with another image_size than the file's is fine: the table of positions is resized, with a warning.
         """
         source, config = find_source(source, config, cls, cache)
-        state = read_state(open_torchscript(source))
+        state = read_state(torchscript_state(source))
         if cls is CLIP and "input_resolution" not in state and not isinstance(config, Config):
             warnings.warn("the weights do not say which activation they were trained with; taken: quick_gelu, as "
                           "OpenAI's. LAION's need gelu: pass a Config, such as "
                           'dataclasses.replace(CONFIGS["vit-b-32"], activation="gelu")')
         state = arrange(rename(state))
-        fits = fitting_config(state, cls) if config is None or isinstance(config, str) else None
+        fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
         model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
         try:
-            load_strictly(model, resize_positions(state, model))
+            load_strictly(model, resize_positions(state, model) if config else state)
         except ValueError as error:
-            raise ValueError(f"{error}\n  it would fit config={fits!r}" if fits else str(error)) from None
-        return model
+            hint = f"\n  it would fit config={fits!r}" if fits else ""
+            if config is None:
+                hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
+            raise ValueError(f"{error}{hint}") from None
+        return model.eval()
 
 
 # --- reading published weights --------------------------------------------------------------------------------------
 
 DROPPED = r"(^|\.)(position_ids|input_resolution|context_length|vocab_size)$"
-NAMES = [  # (a pattern in the published name, what it becomes here), all of them, in this order:
+NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
     # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
     (r"^(module\.|_orig_mod\.)+", ""),
     # OpenAI and open_clip
@@ -360,6 +376,8 @@ def rename(state, names=NAMES):
             continue
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise ValueError(f"two tensors of the weights would both be {name}")
         renamed[name] = value
     return renamed
 
@@ -368,38 +386,35 @@ def arrange(state):
     """The layout of this file: queries, keys and values in one matrix; what is stored transposed, turned."""
     arranged = {}
     for name, value in state.items():
-        if name.endswith(".T"):
+        if name.endswith(".T"):  # Hugging Face's projections
             name, value = name[:-2], value.T
-        elif re.search(r"\.[kv]_proj\.", name):
-            continue
-        elif name.endswith("class_embedding"):
+        elif name.endswith("class_embedding"):  # (1, 1, D) in some files
             value = value.flatten()
-        elif name.endswith("positional_embedding"):
-            value = value.flatten(0, -2)
+        elif name.endswith("positional_embedding"):  # (1, N, D) in some files
+            value = value.reshape(-1, value.shape[-1])
+        elif re.search(r"\.[kv]_proj\.", name) and re.sub(r"\.[kv]_proj\.", ".q_proj.", name) in state:
+            continue  # joined to its q_proj, in the next lines
         elif ".q_proj." in name:
             parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
             name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])
+            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks is a wrong shape later
         arranged[name] = value
     return arranged
 
 
-def open_torchscript(source):
-    """OpenAI's files are TorchScript archives: the path of one becomes its state dict, all else stays what it is.
-
-    An archive can bring TorchScript code that runs when it is opened: take them from OpenAI alone.
-    """
+def torchscript_state(source):
+    """The path of a TorchScript archive, as OpenAI's files are, becomes its state dict; all else stays what it is."""
     if isinstance(source, dict) or not zipfile.is_zipfile(source):
         return source
-    with zipfile.ZipFile(source) as archive:
-        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            return source
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; these files stay what they are
-        try:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return source
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; these files stay what they are
             return torch.jit.load(source, map_location="cpu").state_dict()
-        except RuntimeError:
-            raise ValueError(f"{source} is no checkpoint: a damaged TorchScript archive") from None
+    except (RuntimeError, zipfile.BadZipFile):
+        raise ValueError(f"{source} is no checkpoint: a damaged archive") from None
 
 
 def find_source(source, config, cls, cache):
@@ -407,17 +422,20 @@ def find_source(source, config, cls, cache):
     if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
         import data  # not at the top: this file works without its siblings
         return data.fetch(PUBLISHED[source], source, cache)["source"], config or source
+    if isinstance(source, str) and not os.path.exists(source) and not os.path.splitext(source)[1]:
+        known = ", ".join(name for name in PUBLISHED if name in sizes(cls))
+        raise ValueError(f"{source}: no such file, and no published {cls.__name__}; those are {known}")
     return source, config
 
 
 def read_state(source):
     """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
-    state = source
+    what, state = ("the source", source) if isinstance(source, dict) else (source, None)
     try:
-        if str(source).endswith(".safetensors"):
+        if state is None and str(source).endswith(".safetensors"):
             from safetensors.torch import load_file
             state = load_file(source)
-        elif not isinstance(source, dict):
+        elif state is None:
             state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{source}: no such file") from None
@@ -427,11 +445,10 @@ def read_state(source):
         raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
                          "file that holds tensors alone") from None
     if isinstance(state, dict) and "tokenizer" in state:
-        raise ValueError(f"{source} was written by train.py: use train.load")
+        raise ValueError(f"{what} was written by train.py: use train.load")
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        what = "the source" if isinstance(source, dict) else source
         raise ValueError(f"{what} holds other things than tensors by name; expected a state dict")
     return state
 
@@ -445,16 +462,18 @@ def fitting_config(state, cls):
                 return name
 
 
-def resize_positions(state, model, name="image_encoder.positional_embedding", extra=1):
-    """The table of positions, resized if the file's pictures had more or fewer patches; `extra` rows are no patches."""
-    table, rows = state.get(name), len(model.state_dict()[name])
-    old, new = (math.isqrt(n - extra) for n in (rows if table is None else len(table), rows))
-    if old == new or old ** 2 + extra != len(table):
-        return state  # nothing to do, or nothing that could be done
+def resize_positions(state, model):
+    """The image tower's table of positions, resized if the file's pictures had more patches than ours, or fewer."""
+    name, rows = "image_encoder.positional_embedding", len(model.image_encoder.positional_embedding)
+    table = state.get(name, torch.empty(0))
+    old, new = math.isqrt(max(len(table) - 1, 0)), math.isqrt(rows - 1)  # the first row is the class token's
+    if old == new or old ** 2 + 1 != len(table):
+        return state  # nothing to do, or nothing that could be done: load_strictly will tell
     warnings.warn(f"positions for {old} x {old} patches, resized to {new} x {new}")
-    grid = table[extra:].float().T.view(1, -1, old, old)
+    table = upcast(table)
+    grid = table[1:].T.view(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
-    return state | {name: torch.cat([table[:extra].float(), grid[0].flatten(1).T])}
+    return state | {name: torch.cat([table[:1], grid[0].flatten(1).T])}
 
 
 def load_strictly(model, state):
@@ -502,6 +521,23 @@ def find_config(config, cls):
     return CONFIGS[config] if isinstance(config, str) else config
 
 
+@torch.no_grad()
+def head_start(encoder):
+    """Begin with what a ViT learns first, for towers that have minutes instead of days. All of it goes on learning.
+
+    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three in four
+    without their mean, and six times as strong, so that contrast is heard beside brightness. Without it the tiny size
+    learns colours in its eight epochs, but hardly any shape.
+    """
+    table, filters = encoder.positional_embedding, encoder.conv1.weight
+    grid, quarter = math.isqrt(len(table) - 1), table.shape[1] // 4
+    angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4), place / wavelength
+    wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
+    table[1:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
+    contrast = filters[:3 * quarter]
+    contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
+
+
 VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
 PUBLISHED = {  # name: its files (address, SHA-256)
@@ -532,6 +568,7 @@ class ZeroShotPipeline:
         text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer))
         return self.model.similarity(image_features, text_features)[0]  # (labels,)
 
+    @torch.no_grad()
     def predict(self, image, labels, top_k=5):
         """image: a path or a PIL image; labels: two texts or more -> the top_k (label, probability), best first."""
         if isinstance(labels, str) or len(labels) < 2:
@@ -546,7 +583,8 @@ class ZeroShotPipeline:
 #
 # Quirks that its weights need: RoBERTa's positions count from 0 here, where RoBERTa itself begins at 2; both poolers
 # end in tanh; pictures have CLIP's mean and spread for the ViT too; exp(logit_scale) starts at e, not at 1/0.07.
-# Not followed: negatives from one device's part of the batch, weight decay on everything, no bound on the scale.
+# Not followed, of its training: negatives from one device's part of the batch, weight decay on everything, a scale
+# without bounds.
 
 @dataclass
 class KoConfig:
@@ -566,13 +604,13 @@ class KoConfig:
     text_heads: int = 16
     text_mlp: int = 4096
     embed_dim: int = 512
-    activation: str = "quick_gelu"   # of the image tower; RoBERTa's is "gelu"
+    activation: str = "quick_gelu"   # the image tower; RoBERTa's is always "gelu"
     head_start: bool = False
     dropout: float = 0.1             # in RoBERTa alone
 
 
 class PostBlock(nn.Module):
-    """A transformer block with the norms after each sum (post-LN), as in 2018."""
+    """A transformer block with the norms after each sum (post-LN), as in BERT."""
     def __init__(self, width, heads, hidden, eps, dropout):
         super().__init__()
         self.attn = Attention(width, heads, dropout)
@@ -594,14 +632,14 @@ class RoBERTa(nn.Module):
         self.pad_id = config.pad_id
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.002 * torch.randn(config.positions, width))
-        self.token_type_embedding = nn.Parameter(0.002 * torch.randn(1, width))  # RoBERTa has but one type of text
+        self.token_type_embedding = nn.Parameter(0.002 * torch.randn(1, width))  # BERT has two types, RoBERTa one
         self.ln_embed = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([PostBlock(width, config.text_heads, config.text_mlp, 1e-5, config.dropout)
                                      for _ in range(config.text_layers)])
         self.pooler = nn.Linear(width, width)
         self.text_projection = nn.Parameter(0.02 * torch.randn(width, config.embed_dim))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # a fresh tower; KoCLIP's own was never one
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # for a fresh tower; KoCLIP's came from KLUE
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
@@ -618,15 +656,12 @@ class RoBERTa(nn.Module):
 
 class ViT(ImageEncoder):
     """Google's ViT. Unlike CLIP's: a bias at the patches, no norm before the blocks, a tanh pooler, an eps of 1e-12."""
+    patch_bias, eps = True, 1e-12
+
     def __init__(self, config):
         super().__init__(config)
-        width = config.image_width
-        self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size)
         self.ln_pre = nn.Identity()
-        self.ln_post = nn.Sequential(self.ln_post, nn.Linear(width, width), nn.Tanh())
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = 1e-12
+        self.ln_post = nn.Sequential(self.ln_post, nn.Linear(config.image_width, config.image_width), nn.Tanh())
 
 
 class KoCLIP(CLIP):
@@ -641,19 +676,21 @@ class KoCLIP(CLIP):
     def from_pretrained(cls, source, config=None, cache="data/cache"):
         """As CLIP.from_pretrained, from KoCLIP's dual encoders: Hugging Face's names, or Flax's .msgpack."""
         source, config = find_source(source, config, cls, cache)
-        state = read_flax(source) if str(source).endswith(".msgpack") else read_state(source)
-        return super().from_pretrained(rename(state, KOCLIP_NAMES), config)
+        if not isinstance(source, dict):
+            source = read_flax(source) if str(source).endswith(".msgpack") else read_state(source)
+        return super().from_pretrained(rename(source, KOCLIP_NAMES), config)
 
     @classmethod
     def from_backbones(cls, image, text, config="koclip-base"):
-        """Where KoCLIP's training starts: trained towers, fresh pooler and projections (all but CLIP's own for images).
+        """Where KoCLIP's training starts: trained towers, fresh projections (but for CLIP's own) and poolers if need be.
 
-        image: CLIP ViT-B/32 or ViT-L/16, text: RoBERTa, as Hugging Face has them; each a path or a state dict.
+        image: OpenAI's CLIP ViT-B/32 or Google's ViT-L/16; text: RoBERTa. As Hugging Face has them, with the heads that
+        are dropped here; each a path or a state dict. In training mode.
         """
         model = cls(find_config(config, cls))
         loaded = {}
         for source, tower in ((image, "image_encoder."), (text, "text_encoder.")):
-            state = arrange(rename(rename(read_state(source), KOCLIP_NAMES)))
+            state = arrange(rename(rename(read_state(source), KOCLIP_NAMES)))  # to CLIPModel's names, then to ours
             loaded |= {name: value for name, value in state.items() if name.startswith(tower)}
         fresh = r"pooler\.|ln_post\.1\.|text_projection$|logit_scale$"
         fresh += "" if model.config.image_tower == "clip" else r"|image_encoder\.proj$"
@@ -697,7 +734,7 @@ def read_flax(path):
         raise ValueError(f"{path}: reading it needs a package; pip install msgpack") from None
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # msgpack raises half a dozen types for a file that is none
+    except Exception as error:  # half a dozen types, for a file that is no msgpack
         raise ValueError(f"{path} is no Flax checkpoint ({type(error).__name__})") from None
 
 
@@ -722,13 +759,11 @@ def hub(name, file):
 
 
 KLUE = {"text": hub("klue/roberta-large", "pytorch_model.bin"), "vocab": hub("klue/roberta-large", "vocab.txt")}
-RECIPES |= {  # the published 40 epochs of 8 x 64, at 5e-5; our schedule warms up
-    "koclip-base": dict(batch=512, epochs=40, lr=5e-5, image_lr=1.0, weight_decay=0.1, warmup=0.01, data="shapes-ko",
-                        tokenizer="wordpiece-cased",
-                        files={"image": hub("openai/clip-vit-base-patch32", "pytorch_model.bin"), **KLUE}),
-    "koclip-large": dict(batch=512, epochs=40, lr=5e-5, image_lr=1.0, weight_decay=0.1, warmup=0.01, data="shapes-ko",
-                         tokenizer="wordpiece-cased",
-                         files={"image": hub("google/vit-large-patch16-224", "pytorch_model.bin"), **KLUE}),
+KOCLIP = dict(batch=512, epochs=40, lr=5e-5, image_lr=1.0, weight_decay=0.1, warmup=0.01, data="shapes-ko",
+              tokenizer="wordpiece-cased")  # the published values, but for the warm-up; shapes unless --data says more
+RECIPES |= {
+    "koclip-base": {**KOCLIP, "files": {"image": hub("openai/clip-vit-base-patch32", "pytorch_model.bin"), **KLUE}},
+    "koclip-large": {**KOCLIP, "files": {"image": hub("google/vit-large-patch16-224", "pytorch_model.bin"), **KLUE}},
     "koclip-tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=1.0, weight_decay=0.05, warmup=0.1, data="shapes-ko"),
 }
 PUBLISHED |= {
@@ -743,8 +778,9 @@ if __name__ == "__main__":
     checkpoint, image, *labels = sys.argv[1:]
     try:
         pipeline = ZeroShotPipeline(checkpoint)
-        cosines = dict(zip(labels, pipeline.cosines(image, labels).tolist()))
-        for label, probability in pipeline.predict(image, labels, top_k=len(labels)):
-            print(f"{probability:7.1%}  cosine {cosines[label]:+.3f}  {label}")
+        cosines = pipeline.cosines(image, labels)
+        probabilities = (pipeline.model.logit_scale.detach().exp() * cosines).softmax(dim=0)
+        for i in probabilities.argsort(descending=True).tolist():
+            print(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}  {labels[i]}")
     except ValueError as error:
         sys.exit(f"clip.py: {error}")

@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj.weight)  # from here to the biases: as nn.MultiheadAttention starts
+        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as nn.MultiheadAttention starts
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -79,6 +79,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with a nonlinearity between them. The names (c for convolution) are GPT-2's, and from there CLIP's."""
     def __init__(self, width, hidden, activation=F.gelu):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -113,7 +114,7 @@ class ConvBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """ConvNeXt: images (B, 3, H, W), normalised -> (B, dims[-1])."""
+    """ConvNeXt: images (B, 3, S, S), normalised -> (B, dims[-1])."""
     def __init__(self, config):
         super().__init__()
         dims = config.dims
@@ -137,7 +138,7 @@ class ImageEncoder(nn.Module):
 # --- the text tower: BERT -------------------------------------------------------------------------------------------
 
 class PostBlock(nn.Module):
-    """A transformer block with the norms after each sum (post-LN), as in 2018."""
+    """A transformer block with the norms after each sum (post-LN), as in BERT."""
     def __init__(self, width, heads, hidden, eps, dropout):
         super().__init__()
         self.attn = Attention(width, heads, dropout)
@@ -195,9 +196,10 @@ class Head(nn.Module):
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
 
-    Why the result is exact: process r has the loss L_r over its own B rows, and the loss of the whole batch is
-    L = 1/W sum_r L_r. L depends on the features x_r of process r through every L_q, so dL/dx_r = 1/W sum_q dL_q/dx_r.
-    The backward below adds up the terms of the sum, and DDP, which averages gradients over processes, supplies 1/W.
+    Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
+    loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up the terms of the sum, and DDP, which averages gradients
+    over the processes, supplies 1/W.
     """
     @staticmethod
     def forward(ctx, x):
@@ -207,7 +209,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd's own tensor is not ours to change
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -222,7 +224,7 @@ def upcast(x):
 
 
 def full_precision(x):
-    """The context of the lengths, the similarities and the loss: encoders may run in bf16, these never."""
+    """Switches autocast off: encoders may run in bf16, the lengths, similarities and the loss do not."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -231,14 +233,15 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features: (B, E) of length 1, row i of one belongs to row i of the other;
     scale: exp(logit_scale).
-    Local rows against the columns of all W processes. Never negative; ln(W B) says that nothing was learned yet.
+    Local rows against the columns of all W processes. Never negative. Features that are all alike give just ln(W B);
+    an untrained model lies a little above.
     In fp32: at a scale of 100, logits in bf16 are wrong by 0.1 to 0.5, and this product costs next to nothing.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
         logits_per_image = scale * image_features @ gather(text_features).T  # (B, W B)
         logits_per_text = scale * text_features @ gather(image_features).T   # (B, W B)
-        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0
+        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # where our columns begin
         labels = torch.arange(first, first + len(image_features), device=image_features.device)
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
@@ -270,7 +273,7 @@ class LiteCLIP(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
-            images = (images / 255 - self.mean) / self.std
+            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return self.normalize(self.img_projection(self.image_encoder(images)))
 
     def encode_text(self, tokens):
@@ -285,7 +288,10 @@ class LiteCLIP(nn.Module):
             return upcast(image_features) @ upcast(text_features).T
 
     def forward(self, images, tokens):
-        """images (B, 3, H, W) and their captions (B, L) -> {"loss": this process's rows against all columns}."""
+        """images (B, 3, S, S) and their captions (B, L) -> {"loss": this process's rows against all columns}.
+
+        A dict, because other models of the family have several terms, and train.py logs what it finds.
+        """
         image_features = self.encode_image(images)
         text_features = self.encode_text(tokens)
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
@@ -298,14 +304,14 @@ class LiteCLIP(nn.Module):
     # --- texts: which captions this model wants, and the special tokens around their pieces ---
 
     def tokenize(self, texts, tokenizer):
-        """Texts -> int64 (B, L): [CLS] pieces [SEP], cut to context_length with [SEP] kept, [PAD] to the longest."""
+        """Texts -> int64 (B, L): start, pieces, end; cut to context_length with the end kept; padded to the longest."""
         if isinstance(texts, str) or not texts:
             raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
         room = self.config.context_length - 2
         pieces = [tokenizer.encode(text) for text in texts]
         cut = sum(len(p) > room for p in pieces)
         if cut:
-            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
+            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)", stacklevel=2)
         rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
         tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
         for i, row in enumerate(rows):
@@ -313,7 +319,10 @@ class LiteCLIP(nn.Module):
         return tokens
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: one caption of each sample, drawn by that sample's own generator."""
+        """What `forward` needs besides the images: one caption of each sample, drawn by that sample's own generator.
+
+        samples: of data.py, each a picture's texts; rngs: a random.Random for each.
+        """
         return {"tokens": self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)}
 
     # --- weights from elsewhere ---
@@ -323,11 +332,11 @@ class LiteCLIP(nn.Module):
         """A published liteCLIP checkpoint (path or state dict), loaded strictly; config: a Config or its name."""
         model = cls(find_config(config, cls))
         load_strictly(model, arrange(rename(read_state(source))))
-        return model
+        return model.eval()
 
     @classmethod
     def from_backbones(cls, imagenet, bert, config="liteclip"):
-        """Where training starts, as in the published recipe: trained towers, fresh heads.
+        """Where training starts, as in the published recipe: trained towers, fresh heads, in training mode.
 
         imagenet: torchvision's `convnext_tiny` weights; bert: BERT-mini's; each a path or a state dict. Strict: a file
         must hold its whole tower; its classifier is dropped by name.
@@ -359,7 +368,7 @@ def init_weights(module):
 # --- reading published weights --------------------------------------------------------------------------------------
 
 DROPPED = r"(^|\.)(pooler|cls)\.|position_ids$|^classifier\.2\."  # BERT's other heads, ImageNet's classes: never used
-NAMES = [  # (a pattern in the published name, what it becomes here), all of them, in this order:
+NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
     # image_encoder.backbone.stages.0.blocks.1.mlp.fc1.weight -> image_encoder.stages.0.blocks.1.mlp.c_fc.weight
     (r"^(module\.|_orig_mod\.)+", ""), (r"_encoder\.backbone\.", "_encoder."), (r"^bert\.", ""),
     # BERT, as Hugging Face names it (files of 2019 call a norm's weight gamma and its bias beta)
@@ -391,6 +400,8 @@ def rename(state, names=NAMES):
             continue
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise ValueError(f"two tensors of the weights would both be {name}")
         renamed[name] = value
     return renamed
 
@@ -399,30 +410,30 @@ def arrange(state):
     """The layout of this file: queries, keys and values in one matrix; what is stored transposed, turned."""
     arranged = {}
     for name, value in state.items():
-        if name.endswith(".T"):
+        if name.endswith(".T"):  # Hugging Face's projections
             name, value = name[:-2], value.T
-        elif re.search(r"\.[kv]_proj\.", name):
-            continue
-        elif name.endswith("class_embedding"):
+        elif name.endswith("class_embedding"):  # (1, 1, D) in some files
             value = value.flatten()
-        elif name.endswith("positional_embedding"):
-            value = value.flatten(0, -2)
+        elif name.endswith("positional_embedding"):  # (1, N, D) in some files
+            value = value.reshape(-1, value.shape[-1])
+        elif re.search(r"\.[kv]_proj\.", name) and re.sub(r"\.[kv]_proj\.", ".q_proj.", name) in state:
+            continue  # joined to its q_proj, in the next lines
         elif ".q_proj." in name:
             parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
             name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])
+            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks is a wrong shape later
         arranged[name] = value
     return arranged
 
 
 def read_state(source):
     """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
-    state = source
+    what, state = ("the source", source) if isinstance(source, dict) else (source, None)
     try:
-        if str(source).endswith(".safetensors"):
+        if state is None and str(source).endswith(".safetensors"):
             from safetensors.torch import load_file
             state = load_file(source)
-        elif not isinstance(source, dict):
+        elif state is None:
             state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{source}: no such file") from None
@@ -432,11 +443,10 @@ def read_state(source):
         raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
                          "file that holds tensors alone") from None
     if isinstance(state, dict) and "tokenizer" in state:
-        raise ValueError(f"{source} was written by train.py: use train.load")
+        raise ValueError(f"{what} was written by train.py: use train.load")
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        what = "the source" if isinstance(source, dict) else source
         raise ValueError(f"{what} holds other things than tensors by name; expected a state dict")
     return state
 
@@ -512,6 +522,7 @@ class ZeroShotPipeline:
         text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer))
         return self.model.similarity(image_features, text_features)[0]  # (labels,)
 
+    @torch.no_grad()
     def predict(self, image, labels, top_k=5):
         """image: a path or a PIL image; labels: two texts or more -> the top_k (label, probability), best first."""
         if isinstance(labels, str) or len(labels) < 2:
@@ -526,8 +537,9 @@ if __name__ == "__main__":
     checkpoint, image, *labels = sys.argv[1:]
     try:
         pipeline = ZeroShotPipeline(checkpoint)
-        cosines = dict(zip(labels, pipeline.cosines(image, labels).tolist()))
-        for label, probability in pipeline.predict(image, labels, top_k=len(labels)):
-            print(f"{probability:7.1%}  cosine {cosines[label]:+.3f}  {label}")
+        cosines = pipeline.cosines(image, labels)
+        probabilities = (pipeline.model.logit_scale.detach().exp() * cosines).softmax(dim=0)
+        for i in probabilities.argsort(descending=True).tolist():
+            print(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}  {labels[i]}")
     except ValueError as error:
         sys.exit(f"liteclip.py: {error}")

@@ -274,7 +274,7 @@ def read_checkpoint(path):
     path = Path(path)
     if not path.exists():
         model, _, size = str(path).partition("/")
-        if model in MODELS and size in home(MODELS[model]).PUBLISHED:
+        if model in MODELS and size in getattr(home(MODELS[model]), "PUBLISHED", {}):
             return published(model, size)
         raise UserError(f"{path}: no such checkpoint")
     try:
@@ -757,8 +757,7 @@ def draw_search(path, query, found, columns=4):
     pen.text((gap, gap), title, fill="black", font=font or ImageFont.load_default(17))
     for i, (score, name) in enumerate(found):
         x, y = gap + i % columns * (side + gap), 34 + gap + i // columns * (side + caption)
-        picture = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
-        picture.thumbnail((side, side))
+        picture = ImageOps.contain(ImageOps.exif_transpose(Image.open(name)).convert("RGB"), (side, side))
         sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
         label = f"{score:+.3f}  {Path(name).name}"
         while pen.textlength(label, font=small) > side:

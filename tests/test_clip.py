@@ -1042,9 +1042,9 @@ def test_head_start_makes_neighbours_alike_and_three_filters_of_four_blind_to_br
     config = replace(CONFIGS["tiny"], image_size=64, patch_size=8)
     assert config.head_start and not CONFIGS["vit-b-32"].head_start
     torch.manual_seed(0)
-    tower = clip.ImageEncoder(config)
+    tower = CLIP(config).image_encoder
     torch.manual_seed(0)
-    plain = clip.ImageEncoder(replace(config, head_start=False))
+    plain = CLIP(replace(config, head_start=False)).image_encoder
     width, table = config.image_width, tower.positional_embedding.detach()
     assert torch.equal(table[0], plain.positional_embedding[0])  # the class token is nowhere
     row, column = 5, 2  # of 8 x 8, by hand: the first half tells the column, the second the row
