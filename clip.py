@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 class ImageEncoder(nn.Module):
     """ViT: images (B, 3, S, S), normalised -> (B, E)."""
-    patch_bias, eps = False, 1e-5
+    patch_bias, eps = False, 1e-5  # KoCLIP's other tower differs here
 
     def __init__(self, config):
         super().__init__()
@@ -179,6 +179,8 @@ class TextEncoder(nn.Module):
             raise ValueError(f"a row of tokens has no end-of-text id {self.end_id}: is this the model's own tokenizer?")
         x = x[torch.arange(len(x), device=x.device), ends.int().argmax(dim=1)]  # (B, D), argmax: the first of them
         return self.ln_final(x) @ self.text_projection  # (B, E)
+
+
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
@@ -233,6 +235,8 @@ def contrastive_loss(image_features, text_features, scale):
         labels = torch.arange(first, first + len(image_features), device=image_features.device)
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
+
+# --- the model ------------------------------------------------------------------------------------------------------
 
 class CLIP(nn.Module):
     """Two encoders and one learned number, logit_scale.

@@ -1,19 +1,22 @@
 """What the README says is true: its code runs, its commands are understood, its tables agree with the files."""
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import clip
 import data
 import liteclip
 import train
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCSTRINGS = train.__doc__ + liteclip.__doc__
+DOCSTRINGS = train.__doc__ + clip.__doc__ + liteclip.__doc__
 
 
 def blocks(language):
@@ -35,7 +38,7 @@ def test_the_first_command_and_the_code_that_uses_its_checkpoint(capsys, checkpo
     printed = capsys.readouterr().out
     assert "| liteclip tiny | shapes test |" in printed
     assert "use it:   python liteclip.py runs/liteclip-shapes/best.pt" in printed
-    (code,) = [block for block in blocks("python") if "train.load" in block]
+    (code,) = [block for block in blocks("python") if "runs/liteclip-shapes" in block]
     exec(code, {})
     probabilities = [float(p) for p in re.findall(r"\d\.\d+", capsys.readouterr().out)]
     assert len(probabilities) == 2 and sum(probabilities) == pytest.approx(1, abs=1e-3)
@@ -57,10 +60,15 @@ def test_every_command_is_understood(command):
     if words == ["--help"]:
         return
     _, args = train.parse(words)
-    if not (args.resume or args.eval):
-        module, Model, config, recipe = train.choose(args)
-        assert "--config" in words or args.config == ("tiny" if args.data in data.GENERATED else "liteclip")
-        assert args.data in data.NAMES or args.data.endswith(".csv")
+    if args.search:
+        assert args.search[0] == "clip/vit-b-32" or args.search[0].startswith("runs/")
+    elif not (args.resume or args.eval):
+        Model, config, recipe = train.choose(args)
+        assert "--config" in words or args.config.endswith("tiny" if args.data in data.GENERATED else "liteclip")
+        assert args.data in data.NAMES or args.data.endswith((".csv", ".json"))
+    elif args.eval in ("clip/vit-b-32", "koclip/koclip-base"):
+        model, size = args.eval.split("/")
+        assert size in train.home(train.MODELS[model]).PUBLISHED
 
 
 def test_the_example_table_is_one_that_data_reads(tmp_path):
@@ -75,17 +83,37 @@ def test_the_example_table_is_one_that_data_reads(tmp_path):
 
 
 def test_line_counts_and_links():
-    for name, lines in re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \| [\d,]+ \|$", README, flags=re.MULTILINE):
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(.*\| (\d+) \| [\d,]+ \|$", README, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == ["clip.py", "liteclip.py"]
+    for name, lines in rows:
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
 
 
+def test_code_that_loads_released_weights(tmp_path, monkeypatch):
+    """With files of one's own in the place of the released ones: of the same names, shapes and kinds, but small."""
+    small = dict(image_width=32, image_layers=1, image_heads=2, image_mlp=64, text_width=32, text_layers=1,
+                 text_heads=2, text_mlp=64)
+    monkeypatch.setitem(clip.CONFIGS, "vit-b-32", replace(clip.CONFIGS["vit-b-32"], **small))
+    monkeypatch.setitem(liteclip.CONFIGS, "liteclip", liteclip.CONFIGS["tiny"])
+    monkeypatch.chdir(tmp_path)
+    weights = clip.CLIP(clip.CONFIGS["vit-b-32"]).state_dict()
+    torch.save(weights, "ViT-B-32.pt")
+    torch.save(liteclip.LiteCLIP(liteclip.CONFIGS["tiny"]).state_dict(), "liteclip2.pt")
+    pytest.importorskip("safetensors.torch").save_file(weights, "laion.safetensors")
+    (code,) = [block for block in blocks("python") if "laion.safetensors" in block]
+    found = {}
+    with pytest.warns(UserWarning, match="resized to 9 x 9"):
+        exec(code, found)
+    assert isinstance(found["model"], liteclip.LiteCLIP)
+
+
 def test_nothing_but_the_requirements_is_imported():
-    allowed = {"torch", "torchvision", "PIL", "numpy", "tqdm", "data", "train", "liteclip"}
+    allowed = {"torch", "torchvision", "PIL", "numpy", "tqdm", "data", "train", "clip", "liteclip"}
     import ast
     import sys
-    for name, extra in (("liteclip.py", {"torch"}), ("data.py", allowed), ("train.py", allowed)):
+    for name, extra in (("clip.py", {"torch"}), ("liteclip.py", {"torch"}), ("data.py", allowed), ("train.py", allowed)):
         for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:
             for module in [a.name for a in node.names] if isinstance(node, ast.Import) else \
                     [node.module] if isinstance(node, ast.ImportFrom) else []:
