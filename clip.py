@@ -306,7 +306,7 @@ class CLIP(nn.Module):
         pieces = [tokenizer.encode(text) for text in texts]
         cut = sum(len(p) > room for p in pieces)
         if cut:
-            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)", stacklevel=2)
+            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
         rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
         tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
         for i, row in enumerate(rows):
@@ -327,9 +327,9 @@ class CLIP(nn.Module):
         """Published weights, loaded strictly.
 
         source: the name of a published model, such as "vit-b-32" (downloaded once, into `cache`, with its vocabulary;
-        checked where PUBLISHED has a SHA-256), or the path of a file, or a state dict; in the names of OpenAI, open_clip
-        or Hugging Face. A TorchScript archive may bring code that runs when it is opened: OpenAI's are such archives;
-        take none from strangers.
+        checked where PUBLISHED has a SHA-256), or the path of a file, or a state dict; in the names of OpenAI,
+        open_clip or Hugging Face. A TorchScript archive may bring code that runs when it is opened: OpenAI's are such
+        archives; take none from strangers.
         config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's. A
         Config with another image_size than the file's is fine: the table of positions is resized, with a warning.
         """
@@ -425,7 +425,7 @@ def find_source(source, config, cls, cache):
     """The name of a published model -> its file, downloaded, and its name as config. All else stays what it is."""
     if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
         import data  # not at the top: this file works without its siblings
-        return data.fetch(PUBLISHED[source], source, cache)["source"], config or source
+        return data.fetch(PUBLISHED[source], cache)["source"], config or source
     if isinstance(source, str) and not os.path.exists(source) and not os.path.splitext(source)[1]:
         known = ", ".join(name for name in PUBLISHED if name in sizes(cls))
         raise ValueError(f"{source}: no such file, and no published {cls.__name__}; those are {known}")
@@ -552,10 +552,12 @@ PUBLISHED = {  # name: its files (address, SHA-256)
         ("vit-l-14", "ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
         ("vit-l-14-336", "ViT-L-14-336px", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"))}
 
-# What train.py uses unless told otherwise. `files`: what to start from; --scratch starts from nothing.
+# What train.py uses unless told otherwise. `files`: what to start from; `scratch`: what differs with --scratch, which
+# starts from nothing (for the published sizes the paper's values).
 RECIPES = {
     **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="clip",
-                  files=files) for name, files in PUBLISHED.items()},
+                  files=files, scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
+       for name, files in PUBLISHED.items()},
     "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=1.0, weight_decay=0.05, warmup=0.1),
 }
 
@@ -611,6 +613,7 @@ class KoConfig:
     activation: str = "quick_gelu"   # the image tower; RoBERTa's is always "gelu"
     head_start: bool = False
     dropout: float = 0.1             # in RoBERTa alone
+    logit_scale: float = 1.0         # at birth; the tiny size takes CLIP's, or it would spend its minutes on raising it
 
 
 class PostBlock(nn.Module):
@@ -674,7 +677,7 @@ class KoCLIP(CLIP):
 
     def __init__(self, config):
         super().__init__(config, {"clip": ImageEncoder, "vit": ViT}[config.image_tower], RoBERTa)
-        nn.init.ones_(self.logit_scale)
+        nn.init.constant_(self.logit_scale, config.logit_scale)
 
     @classmethod
     def from_pretrained(cls, source, config=None, cache="data/cache"):
@@ -686,7 +689,7 @@ class KoCLIP(CLIP):
 
     @classmethod
     def from_backbones(cls, image, text, config="koclip-base"):
-        """Where KoCLIP's training starts: trained towers, fresh projections (but for CLIP's own) and poolers if need be.
+        """Where KoCLIP's training starts: trained towers, fresh projections (but for CLIP's own), poolers if need be.
 
         image: OpenAI's CLIP ViT-B/32 or Google's ViT-L/16; text: RoBERTa. As Hugging Face has them, with the heads that
         are dropped here; each a path or a state dict. In training mode.
@@ -753,8 +756,9 @@ CONFIGS |= {
     "koclip-large": KoConfig(patch_size=16, image_width=1024, image_layers=24, image_heads=16, image_mlp=4096,
                              image_tower="vit", activation="gelu"),  # 642,056,193
     "koclip-tiny": KoConfig(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
-                            vocab_size=1024, pad_id=0, context_length=64, positions=64, text_width=128, text_layers=1,
-                            text_heads=4, text_mlp=512, embed_dim=128, head_start=True, dropout=0.0),
+                            vocab_size=1024, pad_id=0, context_length=64, positions=64, text_width=128, text_layers=2,
+                            text_heads=4, text_mlp=512, embed_dim=128, head_start=True, dropout=0.0,
+                            logit_scale=math.log(1 / 0.07)),
 }
 
 
@@ -763,8 +767,9 @@ def hub(name, file):
 
 
 KLUE = {"text": hub("klue/roberta-large", "pytorch_model.bin"), "vocab": hub("klue/roberta-large", "vocab.txt")}
+# The published values, but for the warm-up; on shapes unless --data says more.
 KOCLIP = dict(batch=512, epochs=40, lr=5e-5, image_lr=1.0, weight_decay=0.1, warmup=0.01, data="shapes-ko",
-              tokenizer="wordpiece-cased")  # the published values, but for the warm-up; shapes unless --data says more
+              tokenizer="wordpiece-cased", scratch=dict(lr=5e-4))
 RECIPES |= {
     "koclip-base": {**KOCLIP, "files": {"image": hub("openai/clip-vit-base-patch32", "pytorch_model.bin"), **KLUE}},
     "koclip-large": {**KOCLIP, "files": {"image": hub("google/vit-large-patch16-224", "pytorch_model.bin"), **KLUE}},

@@ -549,10 +549,9 @@ def download(url, path, md5=None, sha256=None):
     return path
 
 
-def fetch(files, name, cache="data/cache"):
-    """{kind: (address, SHA-256 or None)} of a published model -> {kind: path}, downloaded into CACHE/weights/NAME."""
-    folder = Path(cache) / "weights" / name
-    return {kind: download(url, folder / f"{kind}-{url.split('/')[-1]}", sha256=sha256)
+def fetch(files, cache="data/cache"):
+    """{kind: (address, SHA-256 or None)} -> {kind: path}, downloaded once, each to a name made from its address."""
+    return {kind: download(url, Path(cache) / "weights" / re.sub(r"[^\w.-]+", "-", url.split("://")[1]), sha256=sha256)
             for kind, (url, sha256) in files.items()}
 
 
@@ -1087,8 +1086,7 @@ class CLIPBPE:
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         self.start_id, self.end_id = len(self.pieces) - 2, len(self.pieces) - 1
         self.ranks = {tuple(merge.split()): i for i, merge in enumerate(self.merges)}
-        # Numbers beyond \d (Roman numerals, superscripts, fractions) are one token each, as digits are.
-        numbers = "".join(chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) in ("Nl", "No"))
+        numbers = more_numbers()
         self.word = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
                                rf"|[^\W\d_{numbers}]+|[\d{numbers}]|(?:[^\s\w\u0345]|_)+", re.IGNORECASE)
         self.cache = {}
@@ -1112,7 +1110,7 @@ class CLIPBPE:
 
     @staticmethod
     def clean(text):
-        """What ftfy does to text that is not broken, then as CLIP: HTML entities, white space, lower case."""
+        """As ftfy (but broken encodings stay as they are), then as CLIP: HTML entities, white space, lower case."""
         tags, before = "<" in text, None  # as ftfy: text with tags may be HTML, where entities mean themselves
         while text != before:  # what an entity stands for may itself need cleaning
             before = text
@@ -1149,6 +1147,12 @@ class CLIPBPE:
         return {"kind": "clip", "merges": self.merges}
 
 
+@functools.cache
+def more_numbers():
+    """Numbers beyond re's digits: Roman numerals, superscripts, fractions. CLIP takes them one by one, like digits."""
+    return "".join(chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) in ("Nl", "No"))
+
+
 # What ftfy makes of some characters: straight quotes, ligatures and full-width letters as plain ones, no controls.
 CLEANED = {code: unicodedata.normalize("NFKC", chr(code)) for code in (
     *range(0xFF01, 0xFFF0), *range(0xFB00, 0xFB07), 0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), 0x1F1, 0x1F2, 0x1F3)}
@@ -1180,7 +1184,12 @@ class WordPiece:
 
     @classmethod
     def from_file(cls, path, lower=True):
-        return cls(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), lower)
+        try:
+            return cls(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), lower)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"{path} is no vocab.txt; expected UTF-8 text, one piece a line") from None
 
     def __len__(self):
         return len(self.vocab)
@@ -1242,7 +1251,7 @@ def read_vocabulary(kind, path):
     """A published vocabulary: "clip" (merges), "wordpiece" (BERT's, lower case), "wordpiece-cased"."""
     if kind == "clip":
         return CLIPBPE.from_file(path)
-    return WordPiece.from_file(path, lower=kind == "wordpiece")
+    return WordPiece.from_file(path, lower={"wordpiece": True, "wordpiece-cased": False}[kind])
 
 
 def tokenizer_from(state):

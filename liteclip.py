@@ -311,7 +311,7 @@ class LiteCLIP(nn.Module):
         pieces = [tokenizer.encode(text) for text in texts]
         cut = sum(len(p) > room for p in pieces)
         if cut:
-            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)", stacklevel=2)
+            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
         rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
         tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
         for i, row in enumerate(rows):

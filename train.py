@@ -1,4 +1,4 @@
-"""Train any of the models, evaluate it, go on where a run stopped.
+"""Train any of the models, evaluate it, go on where a run stopped, search pictures with it.
 
     python train.py                                          # liteclip tiny on generated pictures: 2.5 minutes
     python train.py --model liteclip --data flickr8k         # real photographs, from ImageNet and BERT-mini weights
@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -270,17 +270,29 @@ def save(path, **content):
                         "make room, then go on with --resume") from None
 
 
-def read_checkpoint(path):
-    path = Path(path)
+def released_names():
+    """The names of released weights that are known here: "clip/vit-b-32" and the like, as MODEL/SIZE."""
+    return [f"{model}/{size}" for model, Model in MODELS.items() for size in home(Model).sizes(Model)
+            if size in getattr(home(Model), "PUBLISHED", {})]
+
+
+def released(path):
+    """("clip", "vit-b-32") for the name "clip/vit-b-32" of released weights; None for anything else."""
+    name = Path(path).as_posix()
+    return tuple(name.split("/")) if name in released_names() and not Path(path).exists() else None
+
+
+def read_checkpoint(path, cache="data/cache"):
+    """What a checkpoint of train.py holds, or what it would hold for the name of released weights."""
+    if released(path):
+        return read_released(*released(path), cache)
+    path, hint = Path(path), f"released weights go by name: {', '.join(released_names())}"
     if not path.exists():
-        model, _, size = str(path).partition("/")
-        if model in MODELS and size in getattr(home(MODELS[model]), "PUBLISHED", {}):
-            return published(model, size)
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint; {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a file that is none
-        raise UserError(f"{path} is no checkpoint of train.py ({type(error).__name__})") from None
+        raise UserError(f"{path} is no checkpoint of train.py ({type(error).__name__}); {hint}") from None
     if not isinstance(content, dict) or not {"model", "config", "tokenizer", "weights", "args"} <= set(content):
         raise UserError(f"{path} is no checkpoint of train.py; published weights are for the models' from_pretrained")
     if content["model"] not in MODELS:
@@ -288,23 +300,34 @@ def read_checkpoint(path):
     return content
 
 
-def published(model, size, cache="data/cache"):
-    """What a checkpoint of train.py would hold, from released weights: downloaded once, or found in the cache."""
+def read_released(model, size, cache):
     Model, recipe = MODELS[model], home(MODELS[model]).RECIPES[size]
-    files = data.fetch(home(Model).PUBLISHED[size], size, cache)
-    weights = Model.from_pretrained(files["source"], size)
-    return {"model": model, "config": asdict(weights.config), "weights": weights.state_dict(),
-            "tokenizer": data.read_vocabulary(recipe["tokenizer"], files["vocab"]).state(), "step": 0, "minutes": 0.0,
-            "args": {"model": model, "config": size, "data": recipe.get("data", "shapes")}}
+    files = data.fetch(home(Model).PUBLISHED[size], cache)
+    try:
+        weights = Model.from_pretrained(files["source"], size)
+        tokenizer = data.read_vocabulary(recipe["tokenizer"], files["vocab"])
+    except ValueError as error:
+        raise UserError(f"{model}/{size}: {error}") from None
+    return {"model": model, "config": asdict(weights.config), "tokenizer": tokenizer.state(),
+            "weights": weights.state_dict(), "args": saved_flags(f"{model}/{size}"), "step": 0, "minutes": 0.0}
 
 
-def load(path, device="cpu"):
+def saved_flags(path):
+    """The flags that a checkpoint was made with; for released weights, which need not be opened for that, a few."""
+    if not released(path):
+        return read_checkpoint(path)["args"]
+    model, size = released(path)
+    return {"model": model, "config": size, "data": home(MODELS[model]).RECIPES[size].get("data", "shapes")}
+
+
+def load(path, device="cpu", cache="data/cache", content=None):
     """A checkpoint -> (model in evaluation mode, tokenizer, preprocess), all that is needed to use it.
 
-    path: of a file that train.py wrote, or the name of released weights such as "clip/vit-b-32", which are downloaded.
+    path: of a file that train.py wrote, or the name of released weights, such as "clip/vit-b-32", which are downloaded
+    into `cache`; content: what `read_checkpoint` made of it, where that is at hand.
     preprocess(picture): a path, bytes or a PIL image -> uint8 (3, S, S); encode_image takes a batch of them.
     """
-    content = read_checkpoint(path)
+    content = content or read_checkpoint(path, cache)
     Model = MODELS[content["model"]]
     try:
         model = Model(Model.Config(**content["config"]))
@@ -415,16 +438,17 @@ def make_model(args, Model, config, recipe, texts):
     """-> model, tokenizer: from the files of the recipe, or fresh with a tokenizer trained on the captions."""
     if recipe.get("files") and not args.scratch:
         try:
-            files = data.fetch(recipe["files"], args.config, args.cache)
+            files = data.fetch(recipe["files"], args.cache)
         except UserError as error:
             raise UserError(f"{error}; or train from random weights with --scratch") from None
-        tokenizer = data.read_vocabulary(recipe["tokenizer"], files.pop("vocab"))
-        start = Model.from_pretrained if "source" in files else Model.from_backbones
+        paths = ", ".join(map(str, files.values()))
         try:
+            tokenizer = data.read_vocabulary(recipe["tokenizer"], files.pop("vocab"))
+            start = Model.from_pretrained if "source" in files else Model.from_backbones
             return start(**files, config=config), tokenizer
         except ValueError as error:
-            folder = Path(files.popitem()[1]).parent
-            raise UserError(f"{error}\nDelete {folder} to download it again, or use --scratch") from None
+            raise UserError(f"{error}\nDelete what is wrong, of {paths}, to download it again; or use "
+                            "--scratch") from None
     tokenizer = data.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
     special = {name: getattr(tokenizer, name) for name in ("pad_id", "end_id") if hasattr(config, name)}
     return Model(replace(config, vocab_size=len(tokenizer), **special)), tokenizer
@@ -454,6 +478,7 @@ def choose(args):
         known = ", ".join(sizes)
         raise UserError(f"--config {args.config}: {args.model} has no such configuration; known: {known}")
     recipe = home(Model).RECIPES[args.config]
+    recipe = {**recipe, **recipe.get("scratch", {})} if args.scratch else recipe
     args.data = args.data or recipe.get("data", "shapes")
     for name in ("batch", "epochs", "lr", "image_lr", "weight_decay", "warmup"):
         if getattr(args, name) is None:
@@ -503,9 +528,7 @@ def train(args):
     # --- model ---
     torch.manual_seed(args.seed)
     if resumed:
-        tokenizer = data.tokenizer_from(resumed["tokenizer"])
-        model = Model(Model.Config(**resumed["config"]))
-        model.load_state_dict(resumed["weights"])
+        model, tokenizer, _ = load(args.checkpoint, content=resumed)
     else:
         texts = [text for s in training.samples for text in (*s.captions, s.long, s.web) if text]
         model, tokenizer = first_on_each_machine(lambda: make_model(args, Model, config, recipe, texts))
@@ -610,6 +633,7 @@ def train(args):
                 if stop and step < steps:
                     if rank() == 0:
                         say(f"stopped after step {step} of {steps}; go on with: python train.py --resume {folder}")
+                    network = losses = None  # as at the end
                     sys.exit(128 + (interrupt.signal or signal.SIGTERM))
     first = rank() == 0
     if world() > 1:  # the test is for one process, after the last checkpoint is on the disk
@@ -644,18 +668,21 @@ def load_split(args, config, name):
 
 def test(args, path, device, minutes=None):
     """A checkpoint on the test split -> its table row; the picture goes beside the checkpoint."""
-    content = read_checkpoint(path)
-    model, tokenizer, _ = load(path, device)
+    content = first_on_each_machine(lambda: read_checkpoint(path, args.cache))
+    model, tokenizer, _ = load(path, device, content=content)
     split = first_on_each_machine(lambda: load_split(args, model.config, "test"))
     task = data.load_zero_shot(args.data, model.config.image_size)
     scores, features = evaluate(model, tokenizer, split, task, pick_precision(device, args.precision))
     if rank() == 0:
+        sheet = (Path() if released(path) else Path(path).parent) / "retrieval.png"
         try:
             shown = split  # on a sheet, the pictures of small models are drawn larger than the models see them
             if model.config.image_size < 128:
                 shown = load_split(args, replace(model.config, image_size=128), "test")
-            draw_retrieval(Path(path).parent / "retrieval.png", model, split, shown.images, features)
-        except OSError as error:
+            draw_retrieval(sheet, model, split, shown.images, features)
+            if args.eval:
+                say(f"picture: {sheet}")
+        except (OSError, UserError) as error:
             say(f"cannot write the picture: {error}")
     say(gallery(split))
     columns = {"model": f"{content['model']} {content['args']['config']}", "data": split.name,
@@ -673,57 +700,64 @@ def test(args, path, device, minutes=None):
 def search(args, best=12):
     """The pictures of a folder that are most similar to a query: as lines of score and path, and as a contact sheet."""
     checkpoint, folder, query = args.search
-    device = pick_device()
-    model, tokenizer, prepare = load(checkpoint, device)
     if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
-    with torch.no_grad(), autocast(device, pick_precision(device, args.precision)):
-        image_features, paths = folder_features(checkpoint, folder, args.cache, model, prepare)
-        text_features = model.encode_text(model.tokenize([query], tokenizer).to(device))
-    scores = model.similarity(take(image_features, slice(None), device), text_features)[:, 0].tolist()
-    found = sorted(zip(scores, paths), reverse=True)[:best]
+        raise UserError(f"{folder}: " + ("a file; expected a folder" if Path(folder).exists() else "no such folder"))
     sheet = Path(args.out or ".") / "search.png"
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        draw_search(sheet, query, found)
     except OSError as error:
-        raise UserError(f"cannot write {sheet}: {error.strerror}; name another folder with --out") from None
+        raise UserError(f"cannot make {sheet.parent}: {error.strerror}; name another folder with --out") from None
+    paths = [path for path in data.list_pictures(folder) if path.resolve() != sheet.resolve()]
+    device = pick_device()
+    precision = pick_precision(device, args.precision)
+    model, tokenizer, prepare = load(checkpoint, device, args.cache)
+    with torch.no_grad(), autocast(device, precision):
+        image_features, paths = folder_features(model, prepare, paths, (checkpoint, folder, precision), args.cache)
+        text_features = model.encode_text(model.tokenize([query], tokenizer).to(device))
+    scores = model.similarity(take(image_features, slice(None), device), text_features)[:, 0].tolist()
+    found = sorted(zip(scores, paths), reverse=True)[:best]
+    try:
+        draw_search(sheet, query, found)
+    except (OSError, data.PictureError) as error:
+        raise UserError(f"cannot write {sheet}: {error}; name another folder with --out") from None
     return "\n".join([*(f"{score:+.3f}  {path}" for score, path in found),
                       f"{len(paths):,} pictures searched; contact sheet: {sheet}"])
 
 
-def folder_features(checkpoint, folder, cache, model, prepare, batch=64):
-    """Image features of a folder's pictures, and the paths of those that could be read. Computed once, then kept.
+def folder_features(model, prepare, paths, origin, cache, batch=64):
+    """Image features of pictures, and the paths of those that could be read. Computed once, kept in CACHE/features.
 
-    They lie in CACHE/features, in a file named after all that they depend on: the checkpoint and every picture, each
-    with its size and time of change.
+    origin: (checkpoint, folder, precision). The file's name hangs on it and on every picture's name, size and time of
+    change: when one changes, the features of the folder are made anew, and the old file goes.
     """
-    paths = data.list_pictures(folder)
+    checkpoint, folder, precision = origin
+    place = hashlib.sha256(repr((str(checkpoint), str(Path(folder).resolve()))).encode()).hexdigest()[:8]
     depends = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
                for path in (Path(checkpoint), *paths) if path.exists()]
-    key = hashlib.sha256(repr((str(checkpoint), depends)).encode()).hexdigest()[:16]
-    file = Path(cache) / "features" / f"{key}.pt"
-    device = model.logit_scale.device
+    key = hashlib.sha256(repr((precision, depends)).encode()).hexdigest()[:16]
+    file = Path(cache) / "features" / f"{place}-{key}.pt"
+    device, side = model.logit_scale.device, model.config.image_size
+    if file.exists():
+        content = torch.load(file, weights_only=True)
+        features = content["features"]
+        if isinstance(features, tuple):  # a named tuple is kept as a plain one: any picture tells its name
+            blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+            features = type(model.encode_image(blank))(*features)
+        return features, [str(paths[i]) for i in content["kept"]]
 
     def read(path):
         try:
-            return path, prepare(path)
+            return prepare(path)
         except UserError as error:
-            return path, error
+            return error
 
-    if file.exists():
-        content = torch.load(file, weights_only=True)
-        features, kept = content["features"], content["paths"]
-        if isinstance(features, tuple):  # a model's named tuple is kept as a plain one: one picture tells its name
-            features = type(model.encode_image(prepare(kept[0])[None].to(device)))(*features)
-        return features, kept
     parts, kept, bad = [], [], []
     with concurrent.futures.ThreadPoolExecutor() as pool, \
             tqdm(total=len(paths), desc="pictures, once", unit=" pictures", **data.bar_options()) as bar:
         for first in range(0, len(paths), batch):
-            pictures = dict(pool.map(read, paths[first:first + batch]))
+            pictures = dict(enumerate(pool.map(read, paths[first:first + batch]), first))
             bad += [picture for picture in pictures.values() if isinstance(picture, UserError)]
-            pictures = {str(path): p for path, p in pictures.items() if not isinstance(p, UserError)}
+            pictures = {i: picture for i, picture in pictures.items() if not isinstance(picture, UserError)}
             if pictures:
                 features = model.encode_image(torch.stack([*pictures.values()]).to(device))
                 parts.append(each(features, torch.Tensor.cpu))
@@ -736,13 +770,16 @@ def folder_features(checkpoint, folder, cache, model, prepare, batch=64):
         raise UserError(f"{folder}: no picture that can be read ({', '.join(data.PICTURE_SUFFIXES[:4])}, ...)")
     features = join(parts)
     content = io.BytesIO()
-    torch.save({"paths": kept, "features": tuple(features) if isinstance(features, tuple) else features}, content)
+    torch.save({"kept": kept, "features": tuple(features) if isinstance(features, tuple) else features}, content)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         data.write_atomically(file, content.getbuffer())
+        for old in file.parent.glob(f"{place}-*.pt"):
+            if old != file:
+                old.unlink(missing_ok=True)
     except OSError as error:
         say(f"cannot keep the features in {file}: {error.strerror}; --cache names another folder")
-    return features, kept
+    return features, [str(paths[i]) for i in kept]
 
 
 def draw_search(path, query, found, columns=4):
@@ -757,8 +794,7 @@ def draw_search(path, query, found, columns=4):
     pen.text((gap, gap), title, fill="black", font=font or ImageFont.load_default(17))
     for i, (score, name) in enumerate(found):
         x, y = gap + i % columns * (side + gap), 34 + gap + i // columns * (side + caption)
-        picture = ImageOps.contain(ImageOps.exif_transpose(Image.open(name)).convert("RGB"), (side, side))
-        sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
+        sheet.paste(Image.fromarray(data.read_picture(name, side)), (x, y))
         label = f"{score:+.3f}  {Path(name).name}"
         while pen.textlength(label, font=small) > side:
             label = label[:-4] + "..."
@@ -769,15 +805,15 @@ def draw_search(path, query, found, columns=4):
 # === the command line ================================================================================================
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Train or evaluate a CLIP-family model.")
+    parser = argparse.ArgumentParser(description="Train or evaluate a CLIP-family model, or search pictures with it.")
     add = parser.add_argument
     add("--model", default="liteclip", help=f"one of {', '.join(MODELS)} (default liteclip)")
-    add("--config", help="a size of that model (default: tiny for shapes, else the first of its CONFIGS)")
+    add("--config", help="a size of that model (default: the tiny one for shapes, else the published one)")
     add("--data", help=f"{', '.join(data.NAMES)}, or your own folder, .csv or .json (default: shapes, in the "
                        "model's language)")
     add("--root", help="where the files of a named data set lie (default: download flickr8k to data/flickr8k)")
-    add("--cache", default="data/cache", help="where decoded pictures and published weights go (default data/cache)")
-    add("--out", help="the run's folder (default runs/MODEL-DATA)")
+    add("--cache", default="data/cache", help="where decoded pictures, weights and features go (default data/cache)")
+    add("--out", help="the run's folder (default runs/MODEL-DATA); of --search: the sheet's (default here)")
     add("--scratch", action="store_true", help="start from random weights where the recipe starts from published ones")
     # training; what is not given comes from the recipe of the configuration
     add("--epochs", type=float, help="passes over the training images")
@@ -791,7 +827,8 @@ def parse(argv):
     # instead of a new run
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", metavar="RUN", help="go on with the run in this folder; its settings come from its last.pt")
-    add("--eval", metavar="CHECKPOINT", help="evaluate it on the test split of what it was trained on, or of --data")
+    add("--eval", metavar="CHECKPOINT", help="evaluate it, or released weights such as clip/vit-b-32, on the test "
+                                             "split of its data or of --data")
     add("--search", nargs=3, metavar=("CHECKPOINT", "FOLDER", "QUERY"),
         help="find the pictures of a folder that fit a query best; writes search.png (into --out)")
     return parser, parser.parse_args(argv)
@@ -801,10 +838,18 @@ def settle(argv):
     """The flags; for --resume and --eval those of the checkpoint, of which only the places of files may change."""
     parser, args = parse(argv)
     if args.search:
+        for name, value in vars(args).items():
+            if name not in ("search", "cache", "out", "precision") and value != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} does not go with --search")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("--search is for one process: start it with python, not with torchrun")
         return args
     path = Path(args.resume) / "last.pt" if args.resume and Path(args.resume).is_dir() else args.resume or args.eval
     if path:
-        saved = read_checkpoint(path)["args"]
+        if args.resume and released(path):
+            raise UserError("--resume {0}/{1}: released weights are no run; to start from them: "
+                            "--model {0} --config {1}".format(*released(path)))
+        saved = {**vars(parser.parse_args([])), **saved_flags(path)}
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "eval")})
         args = parser.parse_args(argv)
         movable = {"resume", "eval", "cache", "root", "checkpoint"} | ({"data", "precision"} if args.eval else set())
@@ -819,6 +864,8 @@ def settle(argv):
 
 
 def main(argv=None):
+    with contextlib.suppress(AttributeError):  # notebooks and tests put something else in its place
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     try:
         args = settle(argv)
         if "RANK" in os.environ:  # under torchrun

@@ -261,7 +261,7 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path):
 
 # --- the other models ---
 
-def test_clip_trains_goes_on_and_is_evaluated_like_any_model(pictures, tmp_path, capsys):
+def test_clip_trains_goes_on_and_is_evaluated_like_any_model(pictures, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train.main(arguments(pictures, whole, "--model", "clip", "--epochs", "1"))
     row = capsys.readouterr().out.splitlines()[-5]
@@ -271,23 +271,19 @@ def test_clip_trains_goes_on_and_is_evaluated_like_any_model(pictures, tmp_path,
     model, tokenizer, _ = train.load(whole / "best.pt")
     assert isinstance(model, clip.CLIP) and model.config.end_id == tokenizer.end_id == 2
 
-    content = torch.load(whole / "last.pt", weights_only=True)  # as if the run had been stopped after its first step
     forward, calls = clip.CLIP.forward, []
 
-    def interrupted(self, **batch):
+    def interrupted(self, **batch):  # during the second step
         if self.training and len(calls) == 1:
             signal.raise_signal(signal.SIGTERM)
         calls.append(1)
         return forward(self, **batch)
-    clip.CLIP.forward = interrupted
-    try:
-        with pytest.raises(SystemExit):
-            train.main(arguments(pictures, parts, "--model", "clip", "--epochs", "1"))
-    finally:
-        clip.CLIP.forward = forward
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(clip.CLIP, "forward", interrupted)
+        train.main(arguments(pictures, parts, "--model", "clip", "--epochs", "1"))
     assert torch.load(parts / "last.pt", weights_only=True)["step"] == 2
     train.main(["--resume", str(parts)])
-    assert_same_weights(content["weights"], weights(parts / "last.pt"))
+    assert_same_weights(weights(whole / "last.pt"), weights(parts / "last.pt"))
 
 
 @pytest.fixture(scope="module")
@@ -323,20 +319,53 @@ def test_koclip_takes_korean_shapes_unless_told_otherwise():
     assert "빨간색" in " ".join(sum(data.load_zero_shot(args.data, 64).prompts, []))
 
 
-@pytest.mark.parametrize("name", ["clip/vit-b-32", "koclip/koclip-base"])
-def test_released_weights_by_name(name, tmp_path, monkeypatch):
-    """train.load("clip/vit-b-32") without the download: a small model in the place of the released file."""
-    Model, size = train.MODELS[name.split("/")[0]], name.split("/")[1]
+@pytest.fixture(params=["clip/vit-b-32", "koclip/koclip-base"])
+def small_release(request, tmp_path, monkeypatch):
+    """The name of released weights, with a small model of ours in the place of the file that would be downloaded."""
+    model, size = request.param.split("/")
+    Model, fetched = train.MODELS[model], []
     tiny = next(config for key, config in train.home(Model).sizes(Model).items() if key.endswith("tiny"))
-    torch.save(Model(tiny).state_dict(), tmp_path / "source.pt")
     monkeypatch.setitem(clip.CONFIGS, size, tiny)
-    monkeypatch.setattr(data, "fetch", lambda files, *_: {"source": tmp_path / "source.pt", "vocab": files["vocab"][0]})
-    tokenizer = data.WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    torch.save(Model(tiny).state_dict() | ({"input_resolution": torch.tensor(32)} if model == "clip" else {}),
+               tmp_path / "source.pt")
+
+    def fetch(files, cache):
+        fetched.append(cache)
+        return {"source": tmp_path / "source.pt", "vocab": files["vocab"][0]}
+    monkeypatch.setattr(data, "fetch", fetch)
+    tokenizer = data.BPE.train(["a red star"])
     monkeypatch.setattr(data, "read_vocabulary", lambda kind, path: tokenizer)
+    monkeypatch.chdir(tmp_path)
+    return request.param, fetched
+
+
+def test_released_weights_load_by_name(small_release):
+    name, fetched = small_release
     model, tokenizer, preprocess = train.load(name)
-    assert isinstance(model, Model) and len(tokenizer) == 4 and not model.training
-    with pytest.raises(data.UserError, match="clip/vit-x: no such checkpoint"):
-        train.load("clip/vit-x")
+    assert isinstance(model, train.MODELS[name.split("/")[0]]) and not model.training and len(tokenizer) > 4
+    assert fetched == ["data/cache"]
+
+
+def test_released_weights_are_evaluated_and_searched_with(small_release, pictures, tmp_path, capsys):
+    name, fetched = small_release
+    train.main(["--eval", name, "--data", str(pictures), "--cache", str(tmp_path / "cache")])
+    assert f"| {name.replace('/', ' ')} | {pictures} test |" in capsys.readouterr().out
+    assert (tmp_path / "retrieval.png").exists() and fetched == [str(tmp_path / "cache")]
+    train.main(["--search", name, str(pictures), "a red star", "--cache", str(tmp_path / "cache")])
+    assert "40 pictures searched; contact sheet: search.png" in capsys.readouterr().out
+
+
+def test_mistakes_with_released_weights_get_one_line(small_release, tmp_path):
+    name, _ = small_release
+    for words, message in ((["--resume", name], f"--resume {name}: released weights are no run"),
+                           (["--eval", name, "--batch", "9"], f"--batch 9 does not go with {name}"),
+                           (["--eval", "clip/koclip-base"], "clip/koclip-base: no such checkpoint; released weights go"),
+                           (["--search", name, str(tmp_path), "x", "--lr", "1"], "--lr does not go with --search")):
+        with pytest.raises(SystemExit, match=message):
+            train.main(words)
+    (tmp_path / "source.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=f"train.py: {name}: .*source.pt is no checkpoint"):
+        train.main(["--eval", name])
 
 
 # --- image search ---
@@ -365,6 +394,20 @@ def test_search_finds_what_similarity_says_and_encodes_a_folder_once(run, pictur
     monkeypatch.setattr(liteclip.LiteCLIP, "encode_image", lambda self, images: calls.append(1) or encode(self, images))
     again = search(pictures, run / "best.pt", pictures, query, out=out, capsys=capsys).out.splitlines()
     assert again == printed and not calls
+
+
+def test_a_sheet_in_the_folder_is_no_picture_of_it_and_any_folder_may_be_the_current_one(run, tmp_path, monkeypatch,
+                                                                                       capsys):
+    cache = tmp_path / "cache"
+    (tmp_path / "album").mkdir()
+    for i in range(3):
+        Image.fromarray(data.draw(data.make_scene(f"album/{i}"))).save(tmp_path / "album" / f"{i}.png")
+    for folder, where in (("album", tmp_path), (".", tmp_path / "album"), ("../album", tmp_path / "album")):
+        monkeypatch.chdir(where)
+        train.main(["--search", str(run / "best.pt"), folder, "a star", "--cache", str(cache), "--out",
+                    str(tmp_path / "album")])
+        assert "3 pictures searched" in capsys.readouterr().out
+        assert len(list((cache / "features").iterdir())) == 1
 
 
 def test_search_leaves_out_what_it_cannot_read_and_says_so(run, pictures, tmp_path, capsys):
