@@ -392,7 +392,7 @@ def test_openais_names_are_downloaded_with_their_checksums(tmp_path, monkeypatch
     url = next(url for url in asked if url.endswith("/ViT-B-32.pt"))
     assert url.startswith("https://openaipublic.azureedge.net/clip/models/") and asked[url] == url.split("/")[-2]
     assert None not in asked.values()
-    assert [p.parent.name for p in (tmp_path / "cache").rglob("*ViT-B-32.pt")] == ["vit-b-32"]
+    assert [p.parent.name for p in (tmp_path / "cache").rglob("*ViT-B-32.pt")] == ["weights"]
     with pytest.warns(UserWarning, match="resized to 6 x 6"):  # a config of one's own wins over the name's
         model = CLIP.from_pretrained("vit-b-32", replace(config_of(reference), image_size=48), cache=tmp_path / "cache")
     assert model.config.image_size == 48
