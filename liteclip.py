@@ -26,7 +26,7 @@ What the model computes is what the published one computes. Its training is not 
   - fresh towers (`small`, `tiny`, --scratch) start as in `init_weights`; the published model never starts fresh;
   - BERT's pooler, which nothing ever used, is left out: 39,188,577 parameters of the published 39,254,369.
 
-    python train.py                                        # the tiny one on generated pictures: 2.5 minutes
+    python train.py                                        # the tiny one on generated pictures: 3 minutes
     python train.py --model liteclip --data flickr8k       # the real one, from ImageNet and BERT-mini weights
     python liteclip.py runs/liteclip-flickr8k/best.pt photo.jpg "a photo of a dog" "a photo of a cat"
 """

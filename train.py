@@ -1,6 +1,6 @@
 """Train any of the models, evaluate it, go on where a run stopped, search pictures with it.
 
-    python train.py                                          # liteclip tiny on generated pictures: 2.5 minutes
+    python train.py                                          # liteclip tiny on generated pictures: 3 minutes
     python train.py --model liteclip --data flickr8k         # real photographs, from ImageNet and BERT-mini weights
     python train.py --model liteclip --data my_pictures.csv --epochs 20
     python train.py --resume runs/liteclip-shapes            # goes on bit for bit (on a CPU), all settings as they were
