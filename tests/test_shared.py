@@ -23,7 +23,7 @@ def definitions(name):
     return found
 
 
-@pytest.mark.parametrize("one, other", itertools.combinations(FILES, 2))
+@pytest.mark.parametrize("one, other", list(itertools.combinations(FILES, 2)))
 def test_what_two_files_share_is_identical(one, other):
     a, b = definitions(one), definitions(other)
     shared = (a.keys() & b.keys()) - OWN
