@@ -433,7 +433,7 @@ def test_search_mistakes_get_one_line(run, pictures, tmp_path, capsys):
 def torchrun(processes, *command, cwd):
     """--standalone lets the system choose a free port, so that no other run on this machine is in the way."""
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                             "--nproc_per_node", str(processes), *command],
+                             "--local-addr", "127.0.0.1", "--nproc_per_node", str(processes), *command],
                             capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     return result
