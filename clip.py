@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None, causal=False):
         B, N, D = x.shape
-        q, k, v = self.in_proj(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        q, k, v = self.in_proj(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
@@ -291,6 +291,10 @@ class CLIP(nn.Module):
         text_features = self.encode_text(tokens)
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
 
+    def chance_loss(self, batch):
+        """The loss of features that are all alike; an untrained model's is a little above."""
+        return math.log(batch)
+
     @staticmethod
     def normalize(x):
         with full_precision(x):
@@ -469,15 +473,16 @@ def fitting_config(state, cls):
 def resize_positions(state, model):
     """The image tower's table of positions, resized if the file's pictures had more patches than ours, or fewer."""
     name, rows = "image_encoder.positional_embedding", len(model.image_encoder.positional_embedding)
-    table = state.get(name, torch.empty(0))
-    old, new = math.isqrt(max(len(table) - 1, 0)), math.isqrt(rows - 1)  # the first row is the class token's
-    if old == new or old ** 2 + 1 != len(table):
+    table, new = state.get(name, torch.empty(0)), math.isqrt(rows - 1)
+    special = rows - new ** 2  # the rows before those of the patches, as of the class token
+    old = math.isqrt(max(len(table) - special, 0))
+    if old == new or old ** 2 + special != len(table):
         return state  # nothing to do, or nothing that could be done: load_strictly will tell
     warnings.warn(f"positions for {old} x {old} patches, resized to {new} x {new}")
     table = upcast(table)
-    grid = table[1:].T.view(1, -1, old, old)
+    grid = table[special:].T.view(1, -1, old, old)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
-    return state | {name: torch.cat([table[:1], grid[0].flatten(1).T])}
+    return state | {name: torch.cat([table[:special], grid[0].flatten(1).T])}
 
 
 def load_strictly(model, state):
@@ -537,7 +542,7 @@ def head_start(encoder):
     grid, quarter = math.isqrt(len(table) - 1), table.shape[1] // 4
     angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4), place / wavelength
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
-    table[1:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
+    table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
     contrast = filters[:3 * quarter]
     contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
 

@@ -1110,14 +1110,7 @@ class CLIPBPE:
 
     @staticmethod
     def clean(text):
-        """As ftfy (but broken encodings stay as they are), then as CLIP: HTML entities, white space, lower case."""
-        tags, before = "<" in text, None  # as ftfy: text with tags may be HTML, where entities mean themselves
-        while text != before:  # what an entity stands for may itself need cleaning
-            before = text
-            if not tags:
-                text = re.sub(r"&#?[0-9A-Za-z]{1,24};", lambda entity: html.unescape(entity[0]), text)
-            text = unicodedata.normalize("NFC", text.translate(CLEANED))
-        return " ".join(html.unescape(html.unescape(text)).split()).lower()
+        return " ".join(basic_clean(text).split()).lower()
 
     def encode(self, text):
         ids = []
@@ -1145,6 +1138,17 @@ class CLIPBPE:
 
     def state(self):
         return {"kind": "clip", "merges": self.merges}
+
+
+def basic_clean(text):
+    """As ftfy (but broken encodings stay as they are), then HTML entities, twice: what CLIP's and ProLIP's code do."""
+    tags, before = "<" in text, None  # as ftfy: text with tags may be HTML, where entities mean themselves
+    while text != before:  # what an entity stands for may itself need cleaning
+        before = text
+        if not tags:
+            text = re.sub(r"&#?[0-9A-Za-z]{1,24};", lambda entity: html.unescape(entity[0]), text)
+        text = unicodedata.normalize("NFC", text.translate(CLEANED))
+    return html.unescape(html.unescape(text))
 
 
 @functools.cache
@@ -1247,10 +1251,91 @@ def is_cjk(code):
                (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)))
 
 
+class Unigram:
+    """SentencePiece's Unigram model as ProLIP uses it (with T5's vocabulary), from a published tokenizer.json.
+
+    Clean; write each space as ▁, and one in front; cut before each ▁; then, of all ways to spell such a word in pieces,
+    take the one with the largest sum of scores, which are log probabilities. A character that no piece has costs ten
+    more than the rarest piece, and a run of them is one <unk>. The end of a text, 1, is its padding too; no start.
+
+    >>> pieces = [["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["▁", -5], ["▁a", -2], ["▁do", -4], ["g", -3], ["dog", -3]]
+    >>> Unigram(pieces).encode("A dog!")    # ▁do g has -7, ▁ dog has -8
+    [4, 5, 6]
+    """
+    start_id, pad_id, end_id = None, 1, 1
+
+    def __init__(self, pieces, unk_id=2):
+        self.pieces, self.unk_id = [(piece, float(score)) for piece, score in pieces], unk_id
+        self.ids = {piece: i for i, (piece, _) in enumerate(self.pieces)}
+        self.longest = max(map(len, self.ids))
+        self.unknown = min(score for _, score in self.pieces) - 10
+        self.cache = {}
+
+    @classmethod
+    def from_file(cls, path):
+        try:
+            model = json.loads(Path(path).read_text(encoding="utf-8"))["model"]
+            if model["type"] != "Unigram" or model.get("byte_fallback"):
+                raise UserError(f"{path}: expected a Unigram model without byte_fallback, found {model['type']}")
+            return cls(model["vocab"], model["unk_id"])
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except UserError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(f"{path} is no tokenizer.json with a Unigram model (type, vocab, unk_id)") from None
+
+    def __len__(self):
+        return len(self.pieces)
+
+    @staticmethod
+    def clean(text):
+        """ProLIP's `canonical`: basic_clean, no punctuation, lower case, single spaces."""
+        text = basic_clean(text).strip().replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+        return " ".join(text.lower().split())
+
+    def encode(self, text):
+        text = unicodedata.normalize("NFKC", self.clean(text)).replace(" ", "▁")
+        if not text:
+            return []
+        ids = []
+        for word in re.findall("▁?[^▁]+|▁", text if text[0] == "▁" else "▁" + text):
+            if word not in self.cache:
+                self.cache[word] = self.encode_word(word)
+            ids += self.cache[word]
+        return ids
+
+    def encode_word(self, word):
+        """Viterbi: the best spelling of word[:end] is the best of word[:start], for some start, and one more piece."""
+        best = [(0.0, None, None)] + [(-math.inf, None, None)] * len(word)  # for each end: score, start, id
+        for start in range(len(word)):
+            for end in range(start + 1, min(start + self.longest, len(word)) + 1):
+                i = self.ids.get(word[start:end])
+                if i is None and end > start + 1:
+                    continue
+                score = best[start][0] + (self.unknown if i is None else self.pieces[i][1])
+                if score > best[end][0]:
+                    best[end] = score, start, self.unk_id if i is None else i
+        ids, end = [], len(word)
+        while end:
+            _, end, i = best[end]
+            if i != self.unk_id or ids[-1:] != [i]:
+                ids.append(i)
+        return ids[::-1]
+
+    def decode(self, ids):
+        return "".join(self.pieces[i][0] for i in ids if i != self.pad_id).replace("▁", " ").strip()
+
+    def state(self):
+        return {"kind": "unigram", "pieces": self.pieces, "unk_id": self.unk_id}
+
+
 def read_vocabulary(kind, path):
-    """A published vocabulary: "clip" (merges), "wordpiece" (BERT's, lower case), "wordpiece-cased"."""
+    """A published vocabulary: "clip" (merges), "unigram" (T5's), "wordpiece" (BERT's, lower), "wordpiece-cased"."""
     if kind == "clip":
         return CLIPBPE.from_file(path)
+    if kind == "unigram":
+        return Unigram.from_file(path)
     return WordPiece.from_file(path, lower={"wordpiece": True, "wordpiece-cased": False}[kind])
 
 
@@ -1262,4 +1347,6 @@ def tokenizer_from(state):
         return CLIPBPE(state["merges"])
     if state["kind"] == "wordpiece":
         return WordPiece(state["vocab"], state["lower"])
-    raise UserError(f"unknown kind of tokenizer {state['kind']!r}; known: bpe, clip, wordpiece")
+    if state["kind"] == "unigram":
+        return Unigram(state["pieces"], state["unk_id"])
+    raise UserError(f"unknown kind of tokenizer {state['kind']!r}; known: bpe, clip, unigram, wordpiece")

@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None, causal=False):
         B, N, D = x.shape
-        q, k, v = self.in_proj(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        q, k, v = self.in_proj(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
@@ -295,6 +295,10 @@ class LiteCLIP(nn.Module):
         image_features = self.encode_image(images)
         text_features = self.encode_text(tokens)
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
+
+    def chance_loss(self, batch):
+        """The loss of features that are all alike; an untrained model's is a little above."""
+        return math.log(batch)
 
     @staticmethod
     def normalize(x):

@@ -40,9 +40,10 @@ from tqdm import tqdm
 import clip
 import data
 import liteclip
+import prolip
 from data import UserError, say
 
-MODELS = {"clip": clip.CLIP, "koclip": clip.KoCLIP, "liteclip": liteclip.LiteCLIP}
+MODELS = {"clip": clip.CLIP, "koclip": clip.KoCLIP, "liteclip": liteclip.LiteCLIP, "prolip": prolip.ProLIP}
 
 
 def home(Model):
@@ -170,6 +171,7 @@ def retrieval(model, image_features, text_features, owner, chunk=256):
 def zero_shot(model, tokenizer, task, precision):
     """Accuracy in percent, for each group of pictures. A class scores the mean similarity of its prompts."""
     model.eval()
+    similarity = getattr(model, "classify", model.similarity)  # where classes are told apart by another measure
     device = model.logit_scale.device
     prompts = [prompt for prompts in task.prompts for prompt in prompts]
     with autocast(device, precision):
@@ -177,7 +179,7 @@ def zero_shot(model, tokenizer, task, precision):
         text_features = take(model.encode_text(model.tokenize(prompts, tokenizer).to(device)), slice(None), "cpu")
     found, text_features = [], take(text_features, slice(None), device)
     for first in range(0, len(task.images), 256):
-        table = model.similarity(take(image_features, slice(first, first + 256), device), text_features)
+        table = similarity(take(image_features, slice(first, first + 256), device), text_features)
         table = table.view(len(table), len(task.prompts), -1)  # (images, classes, prompts)
         found.append(table.mean(dim=2).argmax(dim=1).cpu())
     right = torch.cat(found).numpy() == task.labels
@@ -241,7 +243,7 @@ def draw_retrieval(path, model, split, pictures, features, rows=6):
         for column, i in enumerate(table[row].argsort(descending=True)[:5].tolist()):
             x, top = gap + column * (side + gap), y + text_height
             sheet.paste(Image.fromarray(pictures[i]).resize((side, side), Image.BICUBIC), (x, top))
-            pen.text((x, top + side + 4), f"cosine {table[row, i]:.2f}", fill="gray", font=small)
+            pen.text((x, top + side + 4), f"similarity {table[row, i]:.2f}", fill="gray", font=small)
             if i == owner[t]:
                 pen.rectangle((x - 4, top - 4, x + side + 3, top + side + 3), outline=(30, 160, 60), width=4)
     sheet.save(path)
@@ -400,12 +402,14 @@ class Interrupt:
 
 
 class Log:
-    """log.csv: a row now and then, with the validation figures in the last row of an epoch."""
-    columns = ["step", "epoch", "samples", "loss", "lr", "logit_scale", "images_per_s", "wait"] + [
-        f"{d}_r{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)] + ["zs_all", "zs_seen", "zs_unseen"]
+    """log.csv: a row now and then, with the validation figures in the last row of an epoch.
 
-    def __init__(self, path, step=0):
+    terms: the names of what a model's loss is the sum of, a column each.
+    """
+    def __init__(self, path, step=0, terms=()):
         self.path = path
+        self.columns = ["step", "epoch", "samples", "loss", *terms, "lr", "logit_scale", "images_per_s", "wait",
+                        *(f"{d}_r{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)), "zs_all", "zs_seen", "zs_unseen"]
         kept = []
         if step and path.exists():  # resumed: what was logged after the checkpoint will be logged again
             with open(path, newline="") as file:
@@ -450,7 +454,7 @@ def make_model(args, Model, config, recipe, texts):
             raise UserError(f"{error}\nDelete what is wrong, of {paths}, to download it again; or use "
                             "--scratch") from None
     tokenizer = data.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
-    special = {name: getattr(tokenizer, name) for name in ("pad_id", "end_id") if hasattr(config, name)}
+    special = {name: getattr(tokenizer, name) for name in ("pad_id", "end_id", "mask_id") if hasattr(config, name)}
     return Model(replace(config, vocab_size=len(tokenizer), **special)), tokenizer
 
 
@@ -557,14 +561,14 @@ def train(args):
     if rank() == 0:
         folder = Path(args.checkpoint).parent if resumed else make_folder(args)
         try:
-            log = Log(folder / "log.csv", step)
+            log = Log(folder / "log.csv", step, getattr(Model, "terms", ()))
         except OSError as error:
             raise UserError(f"cannot write into {folder}: {error.strerror}; name another folder with --out") from None
     processes = f" x {world()}" if world() > 1 else ""
     say(f"{args.model} {args.config} on {args.data}: {device.type}{processes}, {precision}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(training):,} training images, "
         f"{len(validation):,} validation; batch {args.batch}, {per_epoch} steps an epoch, {steps:,} in all; "
-        f"an untrained model's loss is about ln {args.batch} = {math.log(args.batch):.2f}")
+        f"an untrained model's loss is about {model.chance_loss(args.batch):.2f}")
     say(gallery(validation) + (f"; zero-shot: {len(task.images)} pictures, {len(task.prompts)} classes, chance "
                                f"{100 / len(task.prompts):.1f} %" if task else ""))
 
@@ -604,15 +608,16 @@ def train(args):
             stop = interrupt.asked(device)
             ended = step % per_epoch == 0 or step == steps
             if ended or stop or step % 20 == 0:
-                loss, scale = mean_over_processes(losses["loss"]), model.logit_scale.exp().item()
+                terms = {name: mean_over_processes(value) for name, value in losses.items()}
+                loss, scale = terms["loss"], model.logit_scale.exp().item()
                 if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
                     raise UserError(f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at step {step} "
                                     f"(learning rate {lr:.2g}, logit scale {scale:.1f}): stopped; what was saved is "
                                     "from before. Try a new run with a lower --lr, or --precision fp32")
                 rate, wait = seen / (time.time() - since), waited / (time.time() - since)
                 bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:.0f} images/s, {wait:.0%} waiting for data")
-                row = dict(step=step, epoch=step / per_epoch, samples=step * args.batch, loss=loss, lr=lr,
-                           logit_scale=scale, images_per_s=rate, wait=wait)
+                row = dict(step=step, epoch=step / per_epoch, samples=step * args.batch, lr=lr, logit_scale=scale,
+                           images_per_s=rate, wait=wait, **terms)
                 scores = {}
                 if ended:
                     scores, _ = evaluate(model, tokenizer, validation, task, precision)

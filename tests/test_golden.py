@@ -12,6 +12,7 @@ import torch
 
 import clip
 import liteclip
+import prolip
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))
 
@@ -50,8 +51,21 @@ def build_liteclip(golden):
     return liteclip.LiteCLIP.from_pretrained(golden["state_dict"], config), liteclip.rename
 
 
+def build_prolip(golden):
+    c, w = golden["config"], golden["weights"]
+    config = prolip.Config(
+        image_size=c["image_size"], patch_size=c["patch_size"], image_width=c["vision_width"],
+        image_layers=c["vision_layers"], image_heads=c["vision_heads"], image_mlp=4 * c["vision_width"],
+        vocab_size=c["vocab_size"], context_length=c["context_length"], text_width=c["text_width"],
+        text_layers=c["text_layers"], text_heads=c["text_heads"], text_mlp=4 * c["text_width"],
+        text_eps=c["text_norm_eps"], embed_dim=c["embed_dim"], image_in_text=w["inclusion_alpha"],
+        original_in_masked=w["inclusion_alpha_occ"], vib=w["vib_beta"], inclusion_eps=w["inclusion_loss_eps"],
+        inclusion_scale=w["inclusion_loss_scale"])
+    return prolip.ProLIP.from_pretrained(golden["state_dict"], config), prolip.rename
+
+
 BUILD = {"clip_quickgelu": build_clip, "clip_gelu": build_clip, "koclip": build_koclip, "koclip_large": build_koclip,
-         "liteclip": build_liteclip}
+         "liteclip": build_liteclip, "prolip": build_prolip}
 
 
 def assert_close(ours, reference):
@@ -71,13 +85,8 @@ def gradients(model, reference):
     return found
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in sorted(GOLDEN.glob("*.pt")) if p.stem in BUILD])
-def test_golden(path):
-    golden = torch.load(path, weights_only=True)
-    model, rename = BUILD[path.stem](golden)
-    model.double().eval()
+def check_points(model, rename, golden):
     images, tokens = golden["image"].double(), golden["text"]
-
     image_features, text_features = model.encode_image(images), model.encode_text(tokens)
     assert_close(image_features, golden["image_features"])
     assert_close(text_features, golden["text_features"])
@@ -89,9 +98,48 @@ def test_golden(path):
 
     loss = model(images=images, tokens=tokens)["loss"]
     assert_close(loss, golden["loss"])
+    assert_gradients(model, loss, rename, golden)
+
+
+def assert_gradients(model, loss, rename, golden):
     loss.backward()
     reference = {name.removesuffix(".T"): norm for name, norm in rename(golden["grad_norm"]).items()}
     found = gradients(model, reference)
     assert set(reference) == set(found)
     for name, norm in reference.items():
         assert abs(found[name].norm() - norm) <= 1e-6 * norm + 1e-12, name
+
+
+def check_prolip(model, rename, golden):
+    assert golden["weights"]["ppcl_lambda"] == 1
+    images, tokens = golden["image"].double(), golden["text"]
+    rows = len(golden["masked_text"])
+    masked = torch.arange(len(images)) < rows
+    kept = golden["keep_patches"].expand(len(images), -1)
+    masked_tokens = torch.cat([golden["masked_text"], tokens[rows:]])
+    found = {"image_features": model.encode_image(images), "text_features": model.encode_text(tokens),
+             "masked_image_features": model.encode_image(images[:rows], kept[:rows]),
+             "masked_text_features": model.encode_text(golden["masked_text"])}
+    for name, features in found.items():
+        assert_close(features.mean, golden[name]["mean"])
+        assert_close(features.log_var, golden[name]["log_var"])
+    image, text = found["image_features"], found["text_features"]
+    assert_close(model.logit_scale.exp() * model.similarity(image, text) + model.logit_bias, golden["logits"])
+    assert_close(prolip.inclusion_test(image, text, golden["weights"]["inclusion_loss_eps"]), golden["inclusion_test"])
+
+    losses = model(images, tokens, masked, masked_tokens, kept)
+    for ours, theirs in (("ppcl", "ppcl"), ("image_in_text", "inclusion"), ("image_in_masked", "img_inclusion"),
+                         ("text_in_masked", "txt_inclusion"), ("vib", "vib")):
+        assert_close(losses[ours], golden["loss_parts"][theirs])
+    assert_close(losses["loss"], golden["loss"])
+    assert_gradients(model, losses["loss"], rename, golden)
+
+
+CHECK = {"prolip": check_prolip}
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in sorted(GOLDEN.glob("*.pt")) if p.stem in BUILD])
+def test_golden(path):
+    golden = torch.load(path, weights_only=True)
+    model, rename = BUILD[path.stem](golden)
+    CHECK.get(path.stem, check_points)(model.double().eval(), rename, golden)

@@ -1,0 +1,820 @@
+"""ProLIP: a Gaussian for each image and text, in the place of a point.
+
+Chun, Kim, Park, Yun, "Probabilistic Language-Image Pre-Training", arXiv 2410.18857 (ICLR 2025); and for long texts
+"LongProLIP", arXiv 2503.08048. The published code has no explanation; this file tries to be one.
+
+The idea: "a shape" is true of a million pictures, "a large striped red star above a blue moon" of few. A point cannot
+say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how surely. Its spread
+costs similarity, so a text stays as narrow as it can, and what fits many things has to be wide.
+
+    image    mu, v = ViT(image)     [CLS] gives the mean, of length 1; a second token, [UNC], gives v = ln sigma^2
+    text     mu, v = Transformer(text)   the same, but that v is computed from the mean: see TextEncoder      (B, E) each
+    CSD      d_ij = mu_i . mu_j - 1/2 sum_e (sigma_ie^2 + sigma_je^2)                                            (B, B)
+             as |mu| = 1: half the expected squared distance of samples from the two, up to a constant and a sign
+    loss     PPCL: sum over all pairs of -ln sigmoid(y_ij (s d_ij + b)) / B,  y = 1 on the diagonal, else -1
+             + alpha_1 inclusion(image in its text) + alpha_2 inclusion(original in its masked copy), images and texts
+             + beta KL to N(0, 1)                                                                        (the paper: VIB)
+
+Inclusion: p1 lies in p2 where the integral of p1^2 p2 is larger than that of p1 p2^2. A caption leaves much open, so its
+picture should lie in it; an input with parts masked could have been many things, so the original should lie in it.
+
+Shapes: B batch, S image side, P patch side, N image tokens ([CLS], [UNC], patches), L text tokens, D width,
+H attention heads, E embedding, W processes.
+
+How to read it: beside clip.py. Attention, MLP and Block are the same; the encoders have one more token and one more
+output; the losses are the paper. What follows the model is for when you need it: published weights, sizes, recipes.
+
+It computes what the published code computes (tests/golden holds the values), which differs from the paper here and there:
+  - the inclusion test has twice the paper's prefactor: see inclusion_test. With the published eps of -20 the means weigh
+    nothing in it, and its loss compares variances alone;
+  - KL takes v / 2 where a Gaussian's KL has v: see vib;
+  - of masked images 75 % of the patches are kept; of masked texts 75 % of the tokens are masked. The paper masks 75 %;
+  - on W processes the published ring exchange adds the other terms W times, and puts images into others' texts. Here all
+    terms mean the same on any number of processes.
+And ours from theirs: which samples are masked, and how, is drawn for each sample by itself (there: one set of patches
+for the first eighth of a batch); log-variances are kept within +-30, far from any they take (there: a term that explodes
+is dropped); ViT-H-14's words have CLIP's padding in the mask's eyes, too; the tiny size begins with `head_start`.
+
+    python train.py --model prolip                                     # the tiny one on generated pictures: 6 minutes
+    python prolip.py runs/prolip-shapes/best.pt photo.png "a red star" "some shapes"
+    python tests/claims.py prolip                                      # the paper's claims, on shapes
+"""
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Config:
+    image_size: int = 224
+    patch_size: int = 16
+    image_width: int = 768
+    image_layers: int = 12
+    image_heads: int = 12
+    image_mlp: int = 3072            # the hidden width
+    vocab_size: int = 32100
+    pad_id: int = 1                  # attended to like any word, so which id it is matters
+    end_id: int = 1
+    mask_id: int = 32000
+    context_length: int = 64         # longer texts are cut here, shorter ones filled
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    text_mlp: int = 3072
+    text_eps: float = 1e-6           # of the text tower's norms; the image tower's have 1e-5
+    embed_dim: int = 768
+    activation: str = "gelu"
+    head_start: bool = False         # for fresh small towers: see the function of that name
+    logit_bias: float = -10.0        # at birth
+    log_var: float = -10.0           # at birth, in each dimension
+    image_in_text: float = 1e-7      # alpha_1
+    original_in_masked: float = 1e-3  # alpha_2
+    vib: float = 1e-4                # beta
+    inclusion_eps: float = -20.0
+    inclusion_scale: float = 1000.0
+    masked_share: float = 0.125      # of the samples of a batch
+    mask_text: float = 0.75          # share of the words masked
+    keep_patches: float = 0.75       # share of the patches kept
+
+
+class Gaussian(NamedTuple):
+    """Images or texts as Gaussians with diagonal covariance: mean and log_var = ln sigma^2, both (B, E)."""
+    mean: torch.Tensor
+    log_var: torch.Tensor
+
+    @property
+    def uncertainty(self):
+        """The sum of the variances, (B,): how vague an image or a text is."""
+        return upcast(self.log_var).exp().sum(dim=-1)
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. mask: True where a key may be seen, broadcast to (B, H, N, N)."""
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as nn.MultiheadAttention starts
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x, mask=None, causal=False):
+        B, N, D = x.shape
+        q, k, v = self.in_proj(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D/H)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    """Two layers with a nonlinearity between them. The names (c for convolution) are GPT-2's, and from there CLIP's."""
+    def __init__(self, width, hidden, activation=F.gelu):
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.activation = activation
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """A transformer block with the norms before attention and MLP (pre-LN): x itself is only ever added to."""
+    def __init__(self, width, heads, hidden, activation, eps=1e-5):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, hidden, activation)
+
+    def forward(self, x, causal=False):
+        x = x + self.attn(self.ln_1(x), causal=causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+# --- the two towers -------------------------------------------------------------------------------------------------
+
+class ImageEncoder(nn.Module):
+    """ViT: images (B, 3, S, S), normalised -> mean, log_var (B, E) each.
+
+    keep: (B, K) numbers of the patches that are looked at, or None for all of them.
+    """
+    def __init__(self, config):
+        super().__init__()
+        width, grid = config.image_width, config.image_size // config.patch_size
+        self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.unc_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(2 + grid ** 2, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList([
+            Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation])
+            for _ in range(config.image_layers)])
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
+        self.uncertainty_proj = nn.Linear(width, config.embed_dim)
+        nn.init.normal_(self.uncertainty_proj.weight, std=width ** -0.5)
+        nn.init.constant_(self.uncertainty_proj.bias, config.log_var)
+
+    def forward(self, x, keep=None):
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N - 2, D): a token for each patch
+        special = torch.stack([self.class_embedding, self.unc_embedding])  # [CLS], [UNC]
+        x = torch.cat([special.expand(len(x), 2, -1), x], dim=1) + self.positional_embedding  # (B, N, D)
+        if keep is not None:
+            patches = x[:, 2:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+            x = torch.cat([x[:, :2], patches], dim=1)  # (B, 2 + K, D)
+        x = self.ln_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.ln_post(x[:, :2])
+        mean = self.ln_post(x[:, 0]) @ self.proj  # the norm twice: the released weights were trained so
+        return mean, variance_head(self.uncertainty_proj, x[:, 1])
+
+
+class TextEncoder(nn.Module):
+    """A transformer without any mask: tokens (B, L), all of one length -> mean, log_var (B, E) each.
+
+    [UNC] and [CLS] follow the text. What the published code does, and its paper does not say: log_var is computed from
+    the mean, before that is brought to length 1. [UNC] has an effect by being attended to, its own state is not used.
+    And padding is seen like words: a text must be filled to context_length, with pad_id.
+    """
+    def __init__(self, config):
+        super().__init__()
+        width, layers = config.text_width, config.text_layers
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.unc_embedding = nn.Parameter(0.01 * torch.randn(width))
+        self.class_embedding = nn.Parameter(0.01 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length + 2, width))
+        self.blocks = nn.ModuleList([
+            Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.activation], config.text_eps)
+            for _ in range(layers)])
+        self.ln_final = nn.LayerNorm(width, eps=config.text_eps)
+        self.text_projection = nn.Linear(width, config.embed_dim)
+        self.text_uncertainty_projection = nn.Linear(config.embed_dim, config.embed_dim)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for block in self.blocks:  # the more blocks, the smaller each one's first contribution to x
+            nn.init.normal_(block.attn.in_proj.weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
+        for head, bias in ((self.text_projection, 0.0), (self.text_uncertainty_projection, config.log_var)):
+            nn.init.normal_(head.weight, std=width ** -0.5)
+            nn.init.constant_(head.bias, bias)
+
+    def forward(self, tokens):
+        special = torch.stack([self.unc_embedding, self.class_embedding])  # in this order
+        x = torch.cat([self.token_embedding(tokens), special.expand(len(tokens), 2, -1)], dim=1)
+        x = x + self.positional_embedding  # (B, L + 2, D)
+        for block in self.blocks:
+            x = block(x)
+        mean = self.text_projection(self.ln_final(x[:, -1]))
+        return mean, variance_head(self.text_uncertainty_projection, mean)
+
+
+def variance_head(head, x):
+    """ln sigma^2, in full precision: near -10, bf16 has steps of 1/16, which are 6 % of sigma^2."""
+    with full_precision(x):
+        return head(upcast(x)).clamp(-30, 30)
+
+
+# --- the losses -----------------------------------------------------------------------------------------------------
+
+class Gather(torch.autograd.Function):
+    """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
+
+    Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
+    loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up the terms of the sum, and DDP, which averages gradients
+    over the processes, supplies 1/W.
+    """
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd's own tensor is not ours to change
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def upcast(x):
+    """Half types to fp32 and nothing else, so that a float64 model stays float64."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def full_precision(x):
+    """Switches autocast off: encoders may run in bf16, the lengths, similarities and the loss do not."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def mean_of_all(values):
+    """Values (n,) of this process, n as it happens to be -> their share in the mean over those of all W processes.
+
+    The sum over all processes is divided by their number in all, and times W, as DDP will average over processes.
+    """
+    count, processes = torch.tensor(len(values), device=values.device), 1
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(count)
+        processes = dist.get_world_size()
+    return values.sum() * processes / count.clamp(min=1)
+
+
+# --- new in ProLIP: how near two Gaussians are, and whether one lies in the other ------------------------------------
+
+def csd(one, other):
+    """Gaussians (I, E) and (T, E) -> their similarity (I, T): cosine of the means, less half the sum of all variances.
+
+    The closed form of a sampled distance: for x and y drawn from the two, and means of length 1,
+    E|x - y|^2 = 2 - 2 mu_x . mu_y + sum_e (sigma_x^2 + sigma_y^2). The variances are summed for each Gaussian before
+    they meet, so nothing is larger than the table.
+    """
+    return upcast(one.mean) @ upcast(other.mean).T - (one.uncertainty[:, None] + other.uncertainty) / 2
+
+
+def pairwise_loss(image_features, text_features, scale, bias):
+    """PPCL, the probabilistic pairwise contrastive loss: is this the caption of that image? Asked of every pair.
+
+    image_features, text_features: Gaussians (B, E), row i of one belongs to row i of the other; scale: exp(logit_scale).
+    Local images against the texts of all W processes; the sum over pairs is divided by B, not by the number of pairs.
+    With no variance it is SigLIP's sigmoid loss. Never negative; at birth near 10, the price of b = -10 on the diagonal.
+    """
+    with full_precision(image_features.mean):
+        # gather wants no more of a text than this: its mean and the sum of its variances
+        means, variances = gather(upcast(text_features.mean)), gather(text_features.uncertainty)  # (W B, E), (W B,)
+        distance = (image_features.uncertainty[:, None] + variances) / 2
+        logits = scale * (upcast(image_features.mean) @ means.T - distance) + bias  # (B, W B)
+        first = dist.get_rank() * len(logits) if dist.is_initialized() else 0  # where our columns begin
+        own = torch.arange(first, first + len(logits), device=logits.device)
+        y = torch.full_like(logits, -1.0).scatter_(1, own[:, None], 1.0)
+        return -F.logsigmoid(y * logits).sum() / len(logits)
+
+
+def inclusion_test(first, second, eps=0.0):
+    """ln of the integral of p1^2 p2, up to a constant: large where `first` lies within `second`. For each dimension.
+
+    first, second: Gaussians (..., E) -> (..., E). Against test(second, first), it tells which of the two is the wider.
+
+    For Gaussians the integral is a Gaussian of mu1 - mu2 with variance sigma1^2 / 2 + sigma2^2, times the factors that
+    p1 and p2 begin with. Those are -v1 - v2 / 2 in logarithms; the published code has twice that, as if v were ln sigma,
+    and so have its weights' figures. `eps` is theirs: it scales 1 / sigma^2 by exp(eps), so that at -20 the means no
+    longer weigh anything. They compute a quotient of sums of exp(-v) that overflows for narrow Gaussians; this form of
+    the same does not.
+    """
+    (mu1, v1), (mu2, v2) = first, second
+    spread = torch.logaddexp(-v1, -v2 - math.log(2)) + eps
+    return -2 * v1 - v2 - spread / 2 - math.exp(eps) * (mu1 - mu2) ** 2 / (v1.exp() + 2 * v2.exp())
+
+
+def inclusion_loss(first, second, eps=-20.0, scale=1000.0):
+    """-ln sigmoid(scale * H), H = test(1 in 2) - test(2 in 1), mean over the dimensions: (B, E) twice -> (B,).
+
+    At a scale of 1000 a hinge: nothing where `second` is the wider one, linear where it is not.
+    """
+    with full_precision(first.mean):
+        first, second = Gaussian(*map(upcast, first)), Gaussian(*map(upcast, second))
+        h = inclusion_test(first, second, eps) - inclusion_test(second, first, eps)
+        return -F.logsigmoid(scale * h).mean(dim=-1)
+
+
+def vib(features):
+    """KL from a standard normal, which keeps variances from vanishing; a Gaussian (B, E) -> the mean, a number.
+
+    With v / 2, that is ln sigma, where the KL of a Gaussian has v = ln sigma^2: so the published code has it.
+    """
+    with full_precision(features.mean):
+        mu, t = upcast(features.mean), upcast(features.log_var) / 2
+        return -0.5 * (1 + t - mu ** 2 - t.exp()).mean()
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+class ProLIP(nn.Module):
+    """Two encoders of Gaussians, and two learned numbers, logit_scale and logit_bias.
+
+    train.py needs `Config`, `terms` (what forward returns beside the loss, for its log), `example_labels`, `tokenize`,
+    `text_batch`, `forward` and `classify`; everybody else `encode_image`, `encode_text`, `similarity` and
+    `from_pretrained`.
+    """
+    Config = Config
+    terms = "ppcl", "image_in_text", "image_in_masked", "text_in_masked", "vib"
+    example_labels = "a photo of a dog", "a photo of a cat"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config)
+        self.text_encoder = TextEncoder(config)
+        if config.head_start:
+            head_start(self.image_encoder)
+        # train.py keeps the scale at most at ln 100. The bias begins low, as nearly all pairs are wrong ones.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
+        # The mean and spread of CLIP's own training pictures.
+        self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1), persistent=False)
+
+    def encode_image(self, images, keep=None):
+        """uint8 pixels, or floats already normalised, (B, 3, S, S), S = image_size -> Gaussian (B, E), means of length 1.
+
+        keep: (B, K), the patches to be looked at, or None for all.
+        """
+        size = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        mean, log_var = self.image_encoder(images, keep)
+        return Gaussian(self.normalize(mean), log_var)
+
+    def encode_text(self, tokens):
+        """int64 tokens from `tokenize`, (B, context_length) -> Gaussian (B, E), means of length 1."""
+        length = len(self.text_encoder.positional_embedding) - 2
+        if tokens.ndim != 2 or tokens.shape[1] != length:
+            raise ValueError(f"tokens must be (B, {length}), filled with {self.config.pad_id}, got {tuple(tokens.shape)}")
+        mean, log_var = self.text_encoder(tokens)
+        return Gaussian(self.normalize(mean), log_var)
+
+    def similarity(self, image_features, text_features):
+        """Gaussians (I, E), (T, E) -> CSD (I, T), in fp32: what ranks captions and images.
+
+        The candidates' variances matter to a ranking; the query's is the same for all of them, and does no harm.
+        """
+        with full_precision(image_features.mean):
+            return csd(image_features, text_features)
+
+    def classify(self, image_features, text_features):
+        """Gaussians (I, E), (T, E) -> cosines of the means (I, T), in fp32: as published for classes, where a label's
+        vagueness is no evidence against it."""
+        with full_precision(image_features.mean):
+            return upcast(image_features.mean) @ upcast(text_features.mean).T
+
+    def forward(self, images, tokens, masked=None, masked_tokens=None, kept_patches=None):
+        """images (B, 3, S, S) and their captions (B, L) -> {"loss": the sum of the others, "ppcl": ..., ...}.
+
+        masked: bool (B,), the samples that have a masked copy: their rows of masked_tokens (B, L), kept_patches (B, K).
+        """
+        config = self.config
+        image_features, text_features = self.encode_image(images), self.encode_text(tokens)
+        test = {"eps": config.inclusion_eps, "scale": config.inclusion_scale}
+        terms = {
+            "ppcl": pairwise_loss(image_features, text_features, self.logit_scale.exp(), self.logit_bias),
+            "image_in_text": config.image_in_text * inclusion_loss(image_features, text_features, **test).mean(),
+            "vib": config.vib * (vib(image_features) + vib(text_features))}
+        if masked is not None:
+            masked_images = self.encode_image(images[masked], kept_patches[masked])
+            masked_texts = self.encode_text(masked_tokens[masked])
+            for name, original, copy in (("image_in_masked", image_features, masked_images),
+                                         ("text_in_masked", text_features, masked_texts)):
+                original = Gaussian(*(x[masked] for x in original))
+                terms[name] = config.original_in_masked * mean_of_all(inclusion_loss(original, copy, **test))
+        return {"loss": sum(terms.values()), **terms}
+
+    def chance_loss(self, batch):
+        """The loss at birth, when every pair's logit is about logit_bias."""
+        bias = torch.tensor(self.config.logit_bias)
+        return (F.softplus(-bias) + (batch - 1) * F.softplus(bias)).item()
+
+    @staticmethod
+    def normalize(x):
+        with full_precision(x):
+            return F.normalize(upcast(x), dim=-1)
+
+    # --- texts: which captions this model wants, and the special tokens around their pieces ---
+
+    def tokenize(self, texts, tokenizer):
+        """Texts -> int64 (B, context_length): pieces, end, padding (and a start, if the tokenizer has one)."""
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
+        start = [] if tokenizer.start_id is None else [tokenizer.start_id]
+        room = self.config.context_length - 1 - len(start)
+        pieces = [tokenizer.encode(text) for text in texts]
+        cut = sum(len(p) > room for p in pieces)
+        if cut:
+            warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
+        tokens = torch.full((len(texts), self.config.context_length), tokenizer.pad_id)
+        for i, p in enumerate(pieces):
+            row = [*start, *p[:room], tokenizer.end_id]
+            tokens[i, :len(row)] = torch.tensor(row)
+        return tokens
+
+    def text_batch(self, samples, rngs, tokenizer):
+        """What `forward` needs besides the images: a caption of each sample, and for every eighth, by chance, what of it
+        and of its image is hidden in the masked copy. All drawn by that sample's own generator.
+
+        samples: of data.py, each a picture's texts; rngs: a random.Random for each.
+        """
+        config = self.config
+        tokens = self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)
+        masked = torch.tensor([rng.random() < config.masked_share for rng in rngs])
+        patches = (config.image_size // config.patch_size) ** 2
+        kept = torch.zeros(len(samples), int(patches * config.keep_patches), dtype=torch.int64)
+        masked_tokens = tokens.clone()
+        for i in masked.nonzero()[:, 0].tolist():
+            hide = torch.tensor([rngs[i].random() < config.mask_text for _ in range(tokens.shape[1])])
+            words = (tokens[i] != config.pad_id) & (tokens[i] != config.end_id)
+            masked_tokens[i, hide & words] = config.mask_id
+            kept[i] = torch.tensor(sorted(rngs[i].sample(range(patches), kept.shape[1])))
+        return {"tokens": tokens, "masked": masked, "masked_tokens": masked_tokens, "kept_patches": kept}
+
+    # --- weights from elsewhere ---
+
+    @classmethod
+    def from_pretrained(cls, source, config=None, cache="data/cache"):
+        """Published weights, loaded strictly.
+
+        source: the name of a published model, such as "vit-b-16" (downloaded once, into `cache`, with its vocabulary),
+        or the path of a file, or of a folder with model.safetensors and config.json as the hub has them, or a state dict.
+        config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's, or
+        else what a folder's config.json says. With a longer context_length than the file's, the text's table of positions
+        is stretched as LongProLIP's was; with another image_size, the image's is resized; both with a warning.
+        """
+        source, config = find_source(source, config, cls, cache)
+        folder = source if not isinstance(source, dict) and os.path.isdir(source) else None
+        state = arrange(rename(read_state(os.path.join(folder, "model.safetensors") if folder else source)))
+        fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
+        if folder and not (config or fits):
+            config = read_config(os.path.join(folder, "config.json"))
+        model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
+        try:
+            load_strictly(model, stretch_texts(resize_positions(state, model), model) if config else state)
+        except ValueError as error:
+            hint = f"\n  it would fit config={fits!r}" if fits else ""
+            if config is None:
+                hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
+            raise ValueError(f"{error}{hint}") from None
+        return model.eval()
+
+
+def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps=10, floor=0.02, generator=None):
+    """Bayesian prompt re-weighting (the paper's BPRW): which of a class's prompts describe its pictures?
+
+    image_features: Gaussian (I, E), some pictures of the class, or those nearest to it; prompt_features: Gaussian (P, E),
+    its prompts. -> weights (P,), which sum to 1: those of a mixture of the prompts' Gaussians (each variance + `floor`)
+    that is fitted to `draws` samples of each picture by `steps` of expectation and maximisation. Sure prompts are
+    preferred beforehand: a Dirichlet prior of alpha * P counts, shared out as 1 / mean variance.
+    The paper's Algorithm 1, with its published alpha and floor; what its prior's counts are is our reading.
+    """
+    with torch.no_grad(), full_precision(image_features.mean):
+        (mean, log_var), (mu, v) = (Gaussian(*map(upcast, x)) for x in (image_features, prompt_features))
+        noise = torch.randn(draws, *mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+        samples = (mean + noise * (log_var / 2).exp()).flatten(0, 1)  # (draws I, E)
+        variance = v.exp() + floor  # (P, E)
+        # ln N(x; mu, variance) for all samples and prompts, as products of matrices: (x - mu)^2 = x^2 - 2 x mu + mu^2
+        square = samples ** 2 @ (1 / variance).T - 2 * samples @ (mu / variance).T + (mu ** 2 / variance).sum(dim=1)
+        likelihood = -(square + variance.log().sum(dim=1)) / 2  # (draws I, P)
+        prior = 1 / v.exp().mean(dim=1)
+        prior = prior / prior.sum()
+        weights = prior
+        for _ in range(steps):
+            responsibility = (likelihood + weights.log()).softmax(dim=1)
+            counts = responsibility.sum(dim=0) + alpha * len(mu) * prior
+            weights = counts / counts.sum()
+        return weights
+
+
+def mix(features, weights):
+    """Gaussian (P, E) and weights (P,) -> Gaussian (1, E): a class made of its prompts (the mean not of length 1)."""
+    mean, log_var = (upcast(x) for x in features)
+    return Gaussian((weights @ mean)[None], (weights ** 2 @ log_var.exp()).log()[None])
+
+
+# --- reading published weights --------------------------------------------------------------------------------------
+
+DROPPED = r"(^|\.)(position_ids)$"
+NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
+    # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
+    (r"^(module\.|_orig_mod\.)+", ""),
+    (r"^visual\.", "image_encoder."), (r"^text\.", "text_encoder."), (r"\btransformer\.resblocks\.", "blocks."),
+    (r"\.in_proj_", ".in_proj."), (r"\bcls_emb$", "class_embedding"), (r"\bunc_emb$", "unc_embedding"),
+]
+
+
+def rename(state, names=NAMES):
+    """A state dict in published names -> the same tensors in the names of this file."""
+    renamed = {}
+    for name, value in state.items():
+        if re.search(DROPPED, name):
+            continue
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise ValueError(f"two tensors of the weights would both be {name}")
+        renamed[name] = value
+    return renamed
+
+
+def arrange(state):
+    """The layout of this file: queries, keys and values in one matrix; what is stored transposed, turned."""
+    arranged = {}
+    for name, value in state.items():
+        if name.endswith(".T"):  # Hugging Face's projections
+            name, value = name[:-2], value.T
+        elif name.endswith("class_embedding"):  # (1, 1, D) in some files
+            value = value.flatten()
+        elif name.endswith("positional_embedding"):  # (1, N, D) in some files
+            value = value.reshape(-1, value.shape[-1])
+        elif re.search(r"\.[kv]_proj\.", name) and re.sub(r"\.[kv]_proj\.", ".q_proj.", name) in state:
+            continue  # joined to its q_proj, in the next lines
+        elif ".q_proj." in name:
+            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+            name = name.replace(".q_proj.", ".in_proj.")
+            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks is a wrong shape later
+        arranged[name] = value
+    return arranged
+
+
+def find_source(source, config, cls, cache):
+    """The name of a published model -> its file, downloaded, and its name as config. All else stays what it is."""
+    if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
+        import data  # not at the top: this file works without its siblings
+        return data.fetch(PUBLISHED[source], cache)["source"], config or source
+    if isinstance(source, str) and not os.path.exists(source) and not os.path.splitext(source)[1]:
+        known = ", ".join(name for name in PUBLISHED if name in sizes(cls))
+        raise ValueError(f"{source}: no such file, and no published {cls.__name__}; those are {known}")
+    return source, config
+
+
+def read_state(source):
+    """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
+    what, state = ("the source", source) if isinstance(source, dict) else (source, None)
+    try:
+        if state is None and str(source).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            state = load_file(source)
+        elif state is None:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{source}: no such file") from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{source}: reading it needs a package; pip install {error.name.split('.')[0]}") from None
+    except Exception as error:  # these libraries raise half a dozen types for a file that is no checkpoint
+        raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
+                         "file that holds tensors alone") from None
+    if isinstance(state, dict) and "tokenizer" in state:
+        raise ValueError(f"{what} was written by train.py: use train.load")
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{what} holds other things than tensors by name; expected a state dict")
+    return state
+
+
+def fitting_config(state, cls):
+    """The name of the size whose parameters have the names and shapes of this state dict, or None."""
+    shapes = {name: value.shape for name, value in state.items()}
+    for name, config in sizes(cls).items():
+        with torch.device("meta"):  # shapes without memory
+            if {name: value.shape for name, value in cls(config).state_dict().items()} == shapes:
+                return name
+
+
+def resize_positions(state, model):
+    """The image tower's table of positions, resized if the file's pictures had more patches than ours, or fewer."""
+    name, rows = "image_encoder.positional_embedding", len(model.image_encoder.positional_embedding)
+    table, new = state.get(name, torch.empty(0)), math.isqrt(rows - 1)
+    special = rows - new ** 2  # the rows before those of the patches, as of the class token
+    old = math.isqrt(max(len(table) - special, 0))
+    if old == new or old ** 2 + special != len(table):
+        return state  # nothing to do, or nothing that could be done: load_strictly will tell
+    warnings.warn(f"positions for {old} x {old} patches, resized to {new} x {new}")
+    table = upcast(table)
+    grid = table[special:].T.view(1, -1, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
+    return state | {name: torch.cat([table[:special], grid[0].flatten(1).T])}
+
+
+def stretch_texts(state, model, head=20, tail=2):
+    """The text tower's table of positions for longer texts, as LongProLIP has it.
+
+    The first 20 rows stay, and the last two, which are those of [UNC] and [CLS]; those between are interpolated.
+    """
+    name, rows = "text_encoder.positional_embedding", len(model.text_encoder.positional_embedding)
+    table = state.get(name, torch.empty(0))
+    if not head + tail < len(table) < rows:
+        return state
+    warnings.warn(f"positions for texts of {len(table) - tail} tokens, stretched to {rows - tail}")
+    table = upcast(table)
+    middle = F.interpolate(table[head:-tail].T[None], size=rows - head - tail, mode="linear")[0].T
+    return state | {name: torch.cat([table[:head], middle, table[-tail:]])}
+
+
+def read_config(path):
+    """The hub's config.json, in open_clip's terms -> a Config."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        image, text = content["vision_cfg"], content["text_cfg"]
+        width = image.get("width", 768)
+        return Config(
+            image_size=image.get("image_size", 224), patch_size=image.get("patch_size", 16), image_width=width,
+            image_layers=image.get("layers", 12), image_heads=width // image.get("head_width", 64),
+            image_mlp=int(width * image.get("mlp_ratio", 4.0)),
+            vocab_size=text.get("vocab_size", 49408), context_length=text.get("context_length", 77),
+            text_width=text.get("width", 512), text_layers=text.get("layers", 12), text_heads=text.get("heads", 8),
+            text_mlp=int(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
+            text_eps=text.get("norm_kwargs", {}).get("eps", 1e-5), embed_dim=content["embed_dim"],
+            activation="quick_gelu" if content.get("quick_gelu") else "gelu")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file, and the weights have the shapes of no known size") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: expected embed_dim, vision_cfg and text_cfg ({type(error).__name__}: {error})") from None
+
+
+def load_strictly(model, state):
+    """Every tensor of the model from `state` and none left over, or a ValueError that lists what does not fit."""
+    own = model.state_dict()
+    groups = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "wrong shape": [f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+                        for name in own if name in state and state[name].shape != own[name].shape],
+    }
+    if any(groups.values()):
+        raise ValueError(f"the weights do not fit {type(model).__name__}:" + "".join(
+            f"\n  {len(names)} {group}: " + "; ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            for group, names in groups.items() if names))
+    model.load_state_dict(state)
+
+
+# --- sizes, and how each is trained ---------------------------------------------------------------------------------
+
+LONG = dict(context_length=256, inclusion_eps=-100.0, inclusion_scale=10.0)
+CONFIGS = {
+    "vit-b-16": Config(),             # 197,923,586 parameters
+    "vit-b-16-long": Config(**LONG),  # 198,071,042
+    "vit-l-16": Config(image_size=256, image_width=1024, image_layers=24, image_heads=16, image_mlp=4096,
+                       text_width=1024, text_layers=24, text_heads=16, text_mlp=4096, embed_dim=1024),  # 642,814,978
+    "vit-so400m-14": Config(patch_size=14, image_width=1152, image_layers=27, image_heads=16, image_mlp=4304,
+                            text_width=1152, text_layers=27, text_heads=16, text_mlp=4304,
+                            embed_dim=1152),  # 866,286,434
+    # with CLIP's tokenizer and QuickGELU, as DFN's weights, which it comes from
+    "vit-h-14": Config(patch_size=14, image_width=1280, image_layers=32, image_heads=16, image_mlp=5120,
+                       vocab_size=49408, pad_id=0, end_id=49407, context_length=77, text_width=1024, text_layers=24,
+                       text_heads=16, text_mlp=4096, text_eps=1e-5, embed_dim=1024,
+                       activation="quick_gelu"),  # 988,478,466
+    "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
+                   vocab_size=1024, pad_id=0, end_id=2, mask_id=3, context_length=32, text_width=128, text_layers=2,
+                   text_heads=4, text_mlp=512, embed_dim=128, head_start=True),
+}
+
+
+def sizes(cls):
+    """The configurations of a model class, by name."""
+    return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
+
+
+def find_config(config, cls):
+    """A Config of this class, or the name of one."""
+    if isinstance(config, str) and config not in sizes(cls):
+        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(sizes(cls))}")
+    if not isinstance(config, (str, cls.Config)):
+        raise ValueError(f"{cls.__name__} is made of a {cls.Config.__name__}, got a {type(config).__name__}")
+    return CONFIGS[config] if isinstance(config, str) else config
+
+
+@torch.no_grad()
+def head_start(encoder):
+    """Begin with what a ViT learns first, for towers that have minutes instead of days. All of it goes on learning.
+
+    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three in four
+    without their mean, and six times as strong, so that contrast is heard beside brightness. Without it the tiny size
+    learns colours in its eight epochs, but hardly any shape.
+    """
+    table, filters = encoder.positional_embedding, encoder.conv1.weight
+    grid, quarter = math.isqrt(len(table) - 1), table.shape[1] // 4
+    angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4), place / wavelength
+    wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
+    table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
+    contrast = filters[:3 * quarter]
+    contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
+
+
+def hub(name, file):
+    return f"https://huggingface.co/{name}/resolve/main/{file}", None
+
+
+SIGLIP, SO400M = "timm/ViT-B-16-SigLIP", "timm/ViT-SO400M-14-SigLIP"
+CLIP_VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+                   "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+PUBLISHED = {  # name: its files (address, SHA-256, of which none is published for ProLIP)
+    name: {"source": hub(f"SanghyukChun/{repository}", "model.safetensors"), "vocab": vocabulary}
+    for name, repository, vocabulary in (
+        ("vit-b-16", "ProLIP-ViT-B-16-DC-1B-12_8B", hub(SIGLIP, "tokenizer.json")),
+        ("vit-b-16-long", "LongProLIP-ViT-B-16-SHD128M", hub(SIGLIP, "tokenizer.json")),
+        ("vit-l-16", "ProLIP-ViT-L-16-FT-DC-1B-1_28B", hub(SIGLIP, "tokenizer.json")),
+        ("vit-so400m-14", "ProLIP-ViT-SO400M-14-FT-DC-1B-1_28B", hub(SO400M, "tokenizer.json")),
+        ("vit-h-14", "ProLIP-ViT-H-14-FT-DC-1B-1_28B", CLIP_VOCABULARY))}
+
+# What train.py uses unless told otherwise. `files`: what to start from; `scratch`: what differs with --scratch, which
+# starts from nothing (for the published sizes the paper's values).
+RECIPES = {
+    **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1,
+                  tokenizer="clip" if name == "vit-h-14" else "unigram", files=files,
+                  scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
+       for name, files in PUBLISHED.items()},
+    "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=1.0, weight_decay=0.05, warmup=0.1),
+}
+
+
+class ZeroShotPipeline:
+    """The shortest way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
+    def __init__(self, checkpoint):
+        import train  # not at the top: this file works without its siblings
+        self.model, self.tokenizer, self.preprocess = train.load(checkpoint)
+
+    @torch.no_grad()
+    def encode(self, image, labels):
+        """The image and the labels as Gaussians, (1, E) and (labels, E)."""
+        return (self.model.encode_image(self.preprocess(image)[None]),
+                self.model.encode_text(self.model.tokenize(labels, self.tokenizer)))
+
+    @torch.no_grad()
+    def predict(self, image, labels, top_k=5):
+        """image: a path or a PIL image; labels: two texts or more -> the top_k (label, probability), best first."""
+        if isinstance(labels, str) or len(labels) < 2:
+            raise ValueError(f"predict compares labels: expected a list of two or more, got {labels!r}")
+        cosines = self.model.classify(*self.encode(image, labels))[0]
+        probabilities = (self.model.logit_scale.exp() * cosines).softmax(dim=0)
+        return [(labels[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:top_k]]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        sys.exit('usage: python prolip.py CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
+    checkpoint, image, *labels = sys.argv[1:]
+    try:
+        pipeline = ZeroShotPipeline(checkpoint)
+        image_features, text_features = pipeline.encode(image, labels)
+        cosines = pipeline.model.classify(image_features, text_features)[0]
+        probabilities = (pipeline.model.logit_scale.detach().exp() * cosines).softmax(dim=0)
+        print(f"uncertainty {image_features.uncertainty[0]:.4f}  {image}")
+        for i in probabilities.argsort(descending=True).tolist():
+            print(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}  uncertainty {text_features.uncertainty[i]:.4f}  "
+                  f"{labels[i]}")
+    except ValueError as error:
+        sys.exit(f"prolip.py: {error}")
