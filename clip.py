@@ -253,7 +253,7 @@ class CLIP(nn.Module):
         self.image_encoder = image_tower(config)
         self.text_encoder = text_tower(config)
         if config.head_start:
-            head_start(self.image_encoder)
+            head_start(self.image_encoder, config.image_size // config.patch_size)
         # A cosine lies in [-1, 1]; softmax over a batch needs a larger range to be sure of anything, and how large is
         # learned. As an exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -472,9 +472,9 @@ def fitting_config(state, cls):
 
 def resize_positions(state, model):
     """The image tower's table of positions, resized if the file's pictures had more patches than ours, or fewer."""
-    name, rows = "image_encoder.positional_embedding", len(model.image_encoder.positional_embedding)
-    table, new = state.get(name, torch.empty(0)), math.isqrt(rows - 1)
-    special = rows - new ** 2  # the rows before those of the patches, as of the class token
+    name, new = "image_encoder.positional_embedding", model.config.image_size // model.config.patch_size
+    table = state.get(name, torch.empty(0))
+    special = len(model.image_encoder.positional_embedding) - new ** 2  # rows before those of the patches
     old = math.isqrt(max(len(table) - special, 0))
     if old == new or old ** 2 + special != len(table):
         return state  # nothing to do, or nothing that could be done: load_strictly will tell
@@ -531,7 +531,7 @@ def find_config(config, cls):
 
 
 @torch.no_grad()
-def head_start(encoder):
+def head_start(encoder, grid):
     """Begin with what a ViT learns first, for towers that have minutes instead of days. All of it goes on learning.
 
     Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three in four
@@ -539,7 +539,7 @@ def head_start(encoder):
     learns colours in its eight epochs, but hardly any shape.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
-    grid, quarter = math.isqrt(len(table) - 1), table.shape[1] // 4
+    quarter = table.shape[1] // 4
     angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4), place / wavelength
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row

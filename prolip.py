@@ -4,19 +4,18 @@ Chun, Kim, Park, Yun, "Probabilistic Language-Image Pre-Training", arXiv 2410.18
 "LongProLIP", arXiv 2503.08048. The published code has no explanation; this file tries to be one.
 
 The idea: "a shape" is true of a million pictures, "a large striped red star above a blue moon" of few. A point cannot
-say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how surely. Its spread
+say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how surely. Spread
 costs similarity, so a text stays as narrow as it can, and what fits many things has to be wide.
 
-    image    mu, v = ViT(image)     [CLS] gives the mean, of length 1; a second token, [UNC], gives v = ln sigma^2
-    text     mu, v = Transformer(text)   the same, but that v is computed from the mean: see TextEncoder      (B, E) each
-    CSD      d_ij = mu_i . mu_j - 1/2 sum_e (sigma_ie^2 + sigma_je^2)                                            (B, B)
-             as |mu| = 1: half the expected squared distance of samples from the two, up to a constant and a sign
-    loss     PPCL: sum over all pairs of -ln sigmoid(y_ij (s d_ij + b)) / B,  y = 1 on the diagonal, else -1
-             + alpha_1 inclusion(image in its text) + alpha_2 inclusion(original in its masked copy), images and texts
-             + beta KL to N(0, 1)                                                                        (the paper: VIB)
+    image    mu, v = ViT(image)          [CLS] gives the mean; a second token, [UNC], gives v = ln sigma^2        (B, E)
+    text     mu, v = Transformer(text)   the same, but that v is computed from the mean: see TextEncoder          (B, E)
+    CSD      d_ij = mu_i . mu_j - 1/2 sum_e (sigma_ie^2 + sigma_je^2)     with means of length 1                  (B, B)
+    loss     sum over all pairs of -ln sigmoid(y_ij (s d_ij + b)) / B,    y = 1 on the diagonal, else -1          (PPCL)
+             + alpha_1 inclusion(image in its text) + alpha_2 inclusion(original in its masked copy), for both
+             + beta KL to N(0, 1)                                                                                  (VIB)
 
-Inclusion: p1 lies in p2 where the integral of p1^2 p2 is larger than that of p1 p2^2. A caption leaves much open, so its
-picture should lie in it; an input with parts masked could have been many things, so the original should lie in it.
+Inclusion: p1 lies in p2 where the integral of p1^2 p2 is larger than that of p1 p2^2. A caption leaves much open, so
+its picture should lie in it; an input with parts masked could have been many things, so the original should lie in it.
 
 Shapes: B batch, S image side, P patch side, N image tokens ([CLS], [UNC], patches), L text tokens, D width,
 H attention heads, E embedding, W processes.
@@ -24,16 +23,18 @@ H attention heads, E embedding, W processes.
 How to read it: beside clip.py. Attention, MLP and Block are the same; the encoders have one more token and one more
 output; the losses are the paper. What follows the model is for when you need it: published weights, sizes, recipes.
 
-It computes what the published code computes (tests/golden holds the values), which differs from the paper here and there:
-  - the inclusion test has twice the paper's prefactor: see inclusion_test. With the published eps of -20 the means weigh
+It computes what the published code computes (tests/golden holds the values). Where that departs from the paper:
+  - the inclusion test has twice the prefactor: see inclusion_test. With the published eps of -20 the means weigh
     nothing in it, and its loss compares variances alone;
-  - KL takes v / 2 where a Gaussian's KL has v: see vib;
-  - of masked images 75 % of the patches are kept; of masked texts 75 % of the tokens are masked. The paper masks 75 %;
-  - on W processes the published ring exchange adds the other terms W times, and puts images into others' texts. Here all
-    terms mean the same on any number of processes.
-And ours from theirs: which samples are masked, and how, is drawn for each sample by itself (there: one set of patches
-for the first eighth of a batch); log-variances are kept within +-30, far from any they take (there: a term that explodes
-is dropped); ViT-H-14's words have CLIP's padding in the mask's eyes, too; the tiny size begins with `head_start`.
+  - the KL has v / 2 where a Gaussian's has v: see vib;
+  - masked texts lose 75 % of their words, as in the paper, but masked images only 25 % of their patches;
+  - on W processes its ring exchange adds the terms other than PPCL W times, and asks for images to lie in the texts of
+    others too. Here every term means on W processes what it means on one.
+Where this file departs from the published code:
+  - which samples are masked, and how, is drawn for each sample by itself (there: one set of patches, for the first
+    eighth of the batch), so that a batch stays the same however it is split;
+  - log-variances are kept within +-30, far from all that they take (there: a term that explodes is dropped);
+  - the tiny size begins with `head_start`.
 
     python train.py --model prolip                                     # the tiny one on generated pictures: 6 minutes
     python prolip.py runs/prolip-shapes/best.pt photo.png "a red star" "some shapes"
@@ -299,9 +300,10 @@ def csd(one, other):
 def pairwise_loss(image_features, text_features, scale, bias):
     """PPCL, the probabilistic pairwise contrastive loss: is this the caption of that image? Asked of every pair.
 
-    image_features, text_features: Gaussians (B, E), row i of one belongs to row i of the other; scale: exp(logit_scale).
+    image_features, text_features: Gaussians (B, E), row i of one belongs to row i of the other;
+    scale: exp(logit_scale).
     Local images against the texts of all W processes; the sum over pairs is divided by B, not by the number of pairs.
-    With no variance it is SigLIP's sigmoid loss. Never negative; at birth near 10, the price of b = -10 on the diagonal.
+    With no variance it is SigLIP's sigmoid loss. Never negative; at birth about 10, as b = -10 is wrong of B pairs.
     """
     with full_precision(image_features.mean):
         # gather wants no more of a text than this: its mean and the sum of its variances
@@ -320,10 +322,10 @@ def inclusion_test(first, second, eps=0.0):
     first, second: Gaussians (..., E) -> (..., E). Against test(second, first), it tells which of the two is the wider.
 
     For Gaussians the integral is a Gaussian of mu1 - mu2 with variance sigma1^2 / 2 + sigma2^2, times the factors that
-    p1 and p2 begin with. Those are -v1 - v2 / 2 in logarithms; the published code has twice that, as if v were ln sigma,
-    and so have its weights' figures. `eps` is theirs: it scales 1 / sigma^2 by exp(eps), so that at -20 the means no
-    longer weigh anything. They compute a quotient of sums of exp(-v) that overflows for narrow Gaussians; this form of
-    the same does not.
+    p1 and p2 begin with. Those are -v1 - v2 / 2 in logarithms; the published code has twice that, as if v were
+    ln sigma, and all published figures are made with it. `eps` is theirs, too: it scales 1 / sigma^2 by exp(eps), so
+    that at -20 the means no longer weigh anything. They form quotients of sums of exp(-v), which overflow for narrow
+    Gaussians; what stands here is the same, rearranged.
     """
     (mu1, v1), (mu2, v2) = first, second
     spread = torch.logaddexp(-v1, -v2 - math.log(2)) + eps
@@ -370,7 +372,7 @@ class ProLIP(nn.Module):
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
         if config.head_start:
-            head_start(self.image_encoder)
+            head_start(self.image_encoder, config.image_size // config.patch_size)
         # train.py keeps the scale at most at ln 100. The bias begins low, as nearly all pairs are wrong ones.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
@@ -379,7 +381,7 @@ class ProLIP(nn.Module):
         self.register_buffer("std", torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1), persistent=False)
 
     def encode_image(self, images, keep=None):
-        """uint8 pixels, or floats already normalised, (B, 3, S, S), S = image_size -> Gaussian (B, E), means of length 1.
+        """uint8 pixels, or floats already normalised, (B, 3, S, S), S = image_size -> Gaussian (B, E).
 
         keep: (B, K), the patches to be looked at, or None for all.
         """
@@ -392,10 +394,11 @@ class ProLIP(nn.Module):
         return Gaussian(self.normalize(mean), log_var)
 
     def encode_text(self, tokens):
-        """int64 tokens from `tokenize`, (B, context_length) -> Gaussian (B, E), means of length 1."""
+        """int64 tokens from `tokenize`, (B, context_length) -> Gaussian (B, E)."""
         length = len(self.text_encoder.positional_embedding) - 2
         if tokens.ndim != 2 or tokens.shape[1] != length:
-            raise ValueError(f"tokens must be (B, {length}), filled with {self.config.pad_id}, got {tuple(tokens.shape)}")
+            raise ValueError(f"tokens must be (B, {length}), each row filled with {self.config.pad_id}, "
+                             f"got {tuple(tokens.shape)}")
         mean, log_var = self.text_encoder(tokens)
         return Gaussian(self.normalize(mean), log_var)
 
@@ -463,8 +466,8 @@ class ProLIP(nn.Module):
         return tokens
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: a caption of each sample, and for every eighth, by chance, what of it
-        and of its image is hidden in the masked copy. All drawn by that sample's own generator.
+        """What `forward` needs besides the images: a caption of each sample; which samples have a masked copy, about
+        every eighth; and what of text and image is left in it. All drawn by that sample's own generator.
 
         samples: of data.py, each a picture's texts; rngs: a random.Random for each.
         """
@@ -487,11 +490,11 @@ class ProLIP(nn.Module):
     def from_pretrained(cls, source, config=None, cache="data/cache"):
         """Published weights, loaded strictly.
 
-        source: the name of a published model, such as "vit-b-16" (downloaded once, into `cache`, with its vocabulary),
-        or the path of a file, or of a folder with model.safetensors and config.json as the hub has them, or a state dict.
+        source: the name of a published model, such as "vit-b-16" (downloaded once, into `cache`, with its vocabulary);
+        or the path of a file, or of a folder with the hub's model.safetensors and config.json; or a state dict.
         config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's, or
-        else what a folder's config.json says. With a longer context_length than the file's, the text's table of positions
-        is stretched as LongProLIP's was; with another image_size, the image's is resized; both with a warning.
+        else what the folder's config.json says. For a longer context_length than the file's, the text tower's table of
+        positions is stretched as LongProLIP's was; for another image_size, the image tower's is resized; both said.
         """
         source, config = find_source(source, config, cls, cache)
         folder = source if not isinstance(source, dict) and os.path.isdir(source) else None
@@ -513,11 +516,12 @@ class ProLIP(nn.Module):
 def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps=10, floor=0.02, generator=None):
     """Bayesian prompt re-weighting (the paper's BPRW): which of a class's prompts describe its pictures?
 
-    image_features: Gaussian (I, E), some pictures of the class, or those nearest to it; prompt_features: Gaussian (P, E),
-    its prompts. -> weights (P,), which sum to 1: those of a mixture of the prompts' Gaussians (each variance + `floor`)
-    that is fitted to `draws` samples of each picture by `steps` of expectation and maximisation. Sure prompts are
-    preferred beforehand: a Dirichlet prior of alpha * P counts, shared out as 1 / mean variance.
-    The paper's Algorithm 1, with its published alpha and floor; what its prior's counts are is our reading.
+    image_features: Gaussian (I, E), some pictures of the class, or those nearest to it;
+    prompt_features: Gaussian (P, E), its prompts.
+    -> weights (P,), with a sum of 1: those of a mixture of the prompts' Gaussians (with `floor` more variance) that is
+    fitted to `draws` samples of each picture, in `steps` of expectation and maximisation. Narrow prompts are preferred
+    beforehand: a Dirichlet prior of alpha P counts, shared out as 1 / mean variance.
+    The paper's Algorithm 1 (appendix A.8), with the published alpha and floor; how its prior counts is our reading.
     """
     with torch.no_grad(), full_precision(image_features.mean):
         (mean, log_var), (mu, v) = (Gaussian(*map(upcast, x)) for x in (image_features, prompt_features))
@@ -635,9 +639,9 @@ def fitting_config(state, cls):
 
 def resize_positions(state, model):
     """The image tower's table of positions, resized if the file's pictures had more patches than ours, or fewer."""
-    name, rows = "image_encoder.positional_embedding", len(model.image_encoder.positional_embedding)
-    table, new = state.get(name, torch.empty(0)), math.isqrt(rows - 1)
-    special = rows - new ** 2  # the rows before those of the patches, as of the class token
+    name, new = "image_encoder.positional_embedding", model.config.image_size // model.config.patch_size
+    table = state.get(name, torch.empty(0))
+    special = len(model.image_encoder.positional_embedding) - new ** 2  # rows before those of the patches
     old = math.isqrt(max(len(table) - special, 0))
     if old == new or old ** 2 + special != len(table):
         return state  # nothing to do, or nothing that could be done: load_strictly will tell
@@ -682,7 +686,8 @@ def read_config(path):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, and the weights have the shapes of no known size") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: expected embed_dim, vision_cfg and text_cfg ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: expected open_clip's embed_dim, vision_cfg and text_cfg "
+                         f"({type(error).__name__}: {error})") from None
 
 
 def load_strictly(model, state):
@@ -738,7 +743,7 @@ def find_config(config, cls):
 
 
 @torch.no_grad()
-def head_start(encoder):
+def head_start(encoder, grid):
     """Begin with what a ViT learns first, for towers that have minutes instead of days. All of it goes on learning.
 
     Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three in four
@@ -746,7 +751,7 @@ def head_start(encoder):
     learns colours in its eight epochs, but hardly any shape.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
-    grid, quarter = math.isqrt(len(table) - 1), table.shape[1] // 4
+    quarter = table.shape[1] // 4
     angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4), place / wavelength
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row

@@ -4,9 +4,12 @@
                                       # (needs: pip install timm transformers)
     python tests/bench.py clip        # one vit-b-32 training step against open_clip's
                                       # (needs: pip install open_clip_torch)
+    python tests/bench.py prolip      # the pairwise loss against the published formula: time and peak memory
     python tests/bench.py shapes      # drawing 10,000 pictures
     python tests/bench.py tokens      # training the tokenizer and encoding with it
 """
+import functools
+import itertools
 import platform
 import statistics
 import sys
@@ -21,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip  # noqa: E402
 import data  # noqa: E402
 import liteclip  # noqa: E402
+import prolip  # noqa: E402
 import train  # noqa: E402
 
 
@@ -148,6 +152,61 @@ def clip_step(batch=16):
         print(f"{name:40} {seconds:6.2f} s a step of {batch}   {reference / seconds:4.2f} x")
 
 
+def pairwise_losses(batch=256, dim=768):
+    """ProLIP's pairwise loss, forward and backward: name -> a function that returns the loss."""
+    torch.manual_seed(0)
+    image, text = (prolip.Gaussian(F.normalize(torch.randn(batch, dim), dim=-1).requires_grad_(),
+                                   (torch.randn(batch, dim) - 7).requires_grad_()) for _ in range(2))
+    scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    y = 2 * torch.eye(batch) - 1
+
+    def published():  # all pairs' variances in every dimension at once, (B, B, E), then their sum
+        distance = (image.log_var.exp()[:, None] + text.log_var.exp()[None]).sum(dim=-1)
+        return -F.logsigmoid(y * (scale * (image.mean @ text.mean.T - distance / 2) + bias)).sum() / batch
+
+    return backwards({"published formula": published,
+                      "prolip.py": lambda: prolip.pairwise_loss(image, text, scale, bias)},
+                     [*image, *text, scale, bias])
+
+
+def backwards(functions, inputs):
+    """Each function with a backward pass behind it, after which no gradient is left."""
+    def both(function):
+        for tensor in inputs:
+            tensor.grad = None
+        loss = function()
+        loss.backward()
+        return loss.item()
+    return {name: lambda function=function: both(function) for name, function in functions.items()}
+
+
+LOSSES = {"prolip": pairwise_losses}
+
+
+def peak(function):
+    """The most memory that tensors take at once during a call, in bytes beyond what was taken before (on a CPU)."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes = [event.nbytes() for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+               if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def loss_of(model):
+    """A loss, forward and backward, against its published formula: value, time, peak memory."""
+    functions = LOSSES[model]()
+    values = {name: function() for name, function in functions.items()}
+    memory = {name: peak(function) for name, function in functions.items()}
+    medians, _ = in_turns(functions, turns=15)
+    reference = "published formula"
+    for name in functions:
+        difference = abs(values[name] - values[reference]) / abs(values[reference])
+        print(f"{name:20} {1000 * medians[name]:8.1f} ms, {medians[reference] / medians[name]:5.1f} x   "
+              f"peak {memory[name] / 2 ** 20:7.1f} MiB, 1/{memory[reference] / max(memory[name], 1):.0f}   "
+              f"differs by {difference:.1e}")
+
+
 def shapes(n=10_000):
     def draw():
         for i in range(n):
@@ -164,7 +223,8 @@ def tokens():
 
 
 if __name__ == "__main__":
-    commands = {"step": step, "clip": clip_step, "shapes": shapes, "tokens": tokens}
+    commands = {"step": step, "clip": clip_step, "shapes": shapes, "tokens": tokens,
+                **{model: functools.partial(loss_of, model) for model in LOSSES}}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")

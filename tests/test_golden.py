@@ -12,6 +12,7 @@ import torch
 
 import clip
 import liteclip
+import llip
 import prolip
 
 GOLDEN = Path(os.environ.get("GOLDEN", Path(__file__).parent / "golden"))
@@ -51,6 +52,19 @@ def build_liteclip(golden):
     return liteclip.LiteCLIP.from_pretrained(golden["state_dict"], config), liteclip.rename
 
 
+def build_llip(golden):
+    c = golden["config"]
+    config = llip.Config(
+        image_size=c["image_size"], patch_size=c["patch_size"], image_width=c["vision_width"],
+        image_layers=c["vision_layers"], image_heads=c["vision_heads"], image_mlp=4 * c["vision_width"],
+        vocab_size=c["vocab_size"], end_id=c["vocab_size"] - 1, context_length=c["context_length"],
+        text_width=c["text_width"], text_layers=c["text_layers"], text_heads=c["text_heads"],
+        text_mlp=4 * c["text_width"], embed_dim=c["embed_dim"],
+        activation="quick_gelu" if c["quick_gelu"] else "gelu", mixture_tokens=c["mixture_tokens"],
+        mixing_heads=c["heads"], temperature=c["temperature"], mixing_norm=c["norm"])
+    return llip.Llip.from_pretrained(golden["state_dict"], config), llip.rename
+
+
 def build_prolip(golden):
     c, w = golden["config"], golden["weights"]
     config = prolip.Config(
@@ -65,7 +79,8 @@ def build_prolip(golden):
 
 
 BUILD = {"clip_quickgelu": build_clip, "clip_gelu": build_clip, "koclip": build_koclip, "koclip_large": build_koclip,
-         "liteclip": build_liteclip, "prolip": build_prolip}
+         "liteclip": build_liteclip, "llip": build_llip,
+         "llip_norm": build_llip, "prolip": build_prolip}
 
 
 def assert_close(ours, reference):
@@ -135,7 +150,23 @@ def check_prolip(model, rename, golden):
     assert_gradients(model, losses["loss"], rename, golden)
 
 
-CHECK = {"prolip": check_prolip}
+def check_llip(model, rename, golden):
+    images, tokens = golden["image"].double(), golden["text"]
+    image_features, text_features = model.encode_image(images), model.encode_text(tokens)
+    assert_close(image_features.keys, golden["keys"])
+    assert_close(image_features.values, golden["values"])
+    assert_close(text_features.query, golden["queries"])
+    assert_close(text_features.target, golden["text_features"])
+    mixed = llip.mix(image_features, text_features, model.out_proj, model.temperature)
+    assert_close(torch.nn.functional.normalize(mixed, dim=-1), golden["mixed_image_features"])
+    logits = model.logit_scale.exp() * model.similarity(image_features, text_features) + model.logit_bias
+    assert_close(logits, golden["logits"])
+    loss = model(images=images, tokens=tokens)["loss"]
+    assert_close(loss, golden["loss"])
+    assert_gradients(model, loss, rename, golden)
+
+
+CHECK = {"llip": check_llip, "llip_norm": check_llip, "prolip": check_prolip}
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in sorted(GOLDEN.glob("*.pt")) if p.stem in BUILD])

@@ -1,0 +1,220 @@
+"""What the papers claim, put to the test on generated pictures: trains what is not there yet, then prints its tables.
+
+    python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 5 minutes on two cores
+
+Runs go to runs/claims/ and are used again when they are there. --seeds 0 for one run, --out FOLDER for the pictures.
+"""
+import argparse
+import random
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import prolip  # noqa: E402
+import train  # noqa: E402
+
+
+def trained(model, seed, variant="", flags=(), **changes):
+    """-> model, tokenizer of a tiny model trained on shapes, with these changes to its configuration."""
+    home, folder = train.home(train.MODELS[model]), Path("runs/claims") / f"{model}{variant}-{seed}"
+    name = f"tiny{variant}"
+    home.CONFIGS[name], home.RECIPES[name] = replace(home.CONFIGS["tiny"], **changes), home.RECIPES["tiny"]
+    if not (folder / "done").exists():
+        start = ["--resume", str(folder)] if (folder / "last.pt").exists() else \
+            ["--model", model, "--config", name, "--data", "shapes", "--seed", str(seed), "--out", str(folder), *flags]
+        train.main(start)
+        (folder / "done").touch()
+    model, tokenizer, _ = train.load(folder / "best.pt")
+    return model, tokenizer
+
+
+def encode_pictures(model, pictures):
+    """uint8 (N, S, S, 3) in NumPy -> features."""
+    with torch.no_grad():
+        return train.join([model.encode_image(torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2))
+                           for part in np.array_split(pictures, -(-len(pictures) // 256))])
+
+
+def encode_texts(model, tokenizer, texts):
+    with torch.no_grad():
+        return train.join([model.encode_text(model.tokenize(texts[i:i + 256], tokenizer))
+                           for i in range(0, len(texts), 256)])
+
+
+def spearman(x, y):
+    """Spearman's rank correlation along the last axis; equal values get the mean of their ranks."""
+    def ranks(values):
+        values = np.asarray(values, float)
+        return (values[..., :, None] > values[..., None, :]).sum(-1) + (
+            values[..., :, None] == values[..., None, :]).sum(-1) / 2
+    a, b = (r - r.mean(-1, keepdims=True) for r in np.broadcast_arrays(ranks(x), ranks(y)))
+    return (a * b).sum(-1) / np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1)).clip(1e-12)
+
+
+def report(title, rows, unit=""):
+    """rows: name -> a value for each seed. A line each: mean and standard deviation over the seeds."""
+    print(f"\n{title}")
+    for name, values in rows.items():
+        values = [float(v) for v in values]
+        sd = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
+        each = f"   ({', '.join(f'{v:.4g}' for v in values)})" if len(values) > 1 else ""
+        print(f"  {name:58} {statistics.mean(values):.4g}{sd}{unit}{each}")
+
+
+# === ProLIP ==========================================================================================================
+
+HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # shares of a picture that are covered
+# Three prompts that fit and three that do not, or not quite: what re-weighting should tell apart.
+PROMPTS = ("a {}", "a picture of a {}", "there is a {}", "a {} above a {}", "exactly three shapes: a {} and two moons",
+           "on a checkered background, a {}")
+
+
+def inside(first, second):
+    """Whether each Gaussian of `first` lies in that of `second`: the test at eps = 0, summed over the dimensions."""
+    return (prolip.inclusion_test(first, second) - prolip.inclusion_test(second, first)).sum(dim=-1) > 0
+
+
+def prolip_claims(seeds, out, scenes=500):
+    keys = [f"0/test/{i}" for i in range(scenes)]
+    scenes = [data.make_scene(key) for key in keys]
+    found = {}
+
+    def note(name, value):
+        found.setdefault(name, []).append(float(value))
+
+    for seed in seeds:
+        model, tokenizer = trained("prolip", seed)
+        size = model.config.image_size
+        pictures = encode_pictures(model, np.stack([data.draw(scene, size) for scene in scenes]))
+
+        # --- captions from general to exact ---
+        ladders = [data.ladder(scene) for scene in scenes]
+        texts = encode_texts(model, tokenizer, [text for ladder in ladders for text in ladder])
+        uncertainty = texts.uncertainty.view(-1, 4).numpy()
+        for rung in range(4):
+            note(f"text: mean uncertainty, rung {rung + 1} of 4", uncertainty[:, rung].mean())
+        note("text: % of ladders wholly in order (chance 4.2)", 100 * (np.diff(uncertainty) < 0).all(axis=1).mean())
+        note("text: % of steps down a ladder (chance 50)", 100 * (np.diff(uncertainty) < 0).mean())
+        note("text: Spearman's rho of rung and uncertainty (-1: in order)", spearman(range(4), uncertainty).mean())
+
+        # --- pictures with hidden parts ---
+        covered = np.stack([encode_pictures(model, np.stack([data.draw(scene, size, hidden) for scene in scenes]))
+                            .uncertainty.numpy() for hidden in HIDDEN], axis=1)  # (scenes, shares)
+        for hidden, column in zip(HIDDEN, covered.T):
+            note(f"image: mean uncertainty, {hidden:.1%} hidden", column.mean())
+        note("image: % more uncertain with half of it hidden (chance 50)", 100 * (covered[:, 3] > covered[:, 0]).mean())
+        note("image: Spearman's rho of share hidden and uncertainty (1: in order)", spearman(HIDDEN, covered).mean())
+
+        # --- inclusion ---
+        def repeat(features):
+            return prolip.Gaussian(*(x.repeat_interleave(4, dim=0) for x in features))
+        contained = inside(repeat(pictures), texts).view(-1, 4).float().mean(dim=0)
+        for rung in range(4):
+            note(f"inclusion: % of pictures in their caption, rung {rung + 1}", 100 * contained[rung])
+        test = prolip.inclusion_test(repeat(pictures), texts).sum(dim=-1).view(-1, 4)
+        note("inclusion: % where the picture is more in rung 1 than in rung 4", 100 * (test[:, 0] > test[:, 3])
+             .float().mean())
+        images = torch.from_numpy(np.stack([data.draw(scene, size) for scene in scenes])).permute(0, 3, 1, 2)
+        model.config = replace(model.config, masked_share=1.0)  # of every sample a masked copy
+        batch = model.text_batch([data.Sample([ladder[3]]) for ladder in ladders], list(map(random.Random, keys)),
+                                 tokenizer)
+        with torch.no_grad():
+            masked_images = model.encode_image(images, batch["kept_patches"])
+            masked_texts = model.encode_text(batch["masked_tokens"])
+            originals = model.encode_text(batch["tokens"])
+        note("inclusion: % of pictures in their masked copy", 100 * inside(pictures, masked_images).float().mean())
+        note("inclusion: % of texts in their masked copy", 100 * inside(originals, masked_texts).float().mean())
+
+        for name, value in prompt_accuracy(model, tokenizer, seed).items():
+            note(name, value)
+        if seed == seeds[0]:
+            draw_prolip(out / "prolip.png", model, tokenizer, scenes)
+    report(f"ProLIP tiny on shapes, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
+
+
+def prompt_accuracy(model, tokenizer, seed, shots=5):
+    """Zero-shot accuracy with PROMPTS, averaged alike and re-weighted by `shots` pictures of each class; on the others."""
+    task = data.load_zero_shot("shapes", model.config.image_size)
+    labels = torch.from_numpy(task.labels)
+    pictures = encode_pictures(model, task.images)
+    nouns = [prompts[0].split(" ", 1)[1] for prompts in task.prompts]
+    texts = encode_texts(model, tokenizer, [data.grammar(prompt.replace("{}", noun)) for noun in nouns
+                                            for prompt in PROMPTS])
+    shown = torch.arange(len(labels)) % 10 < shots  # ten pictures of each class, in a row
+    uniform, weighted, good = [], [], []
+    for label in range(len(nouns)):
+        prompts = prolip.Gaussian(*(x[label * len(PROMPTS):(label + 1) * len(PROMPTS)] for x in texts))
+        few = prolip.Gaussian(*(x[shown & (labels == label)] for x in pictures))
+        weights = prolip.reweight_prompts(few, prompts, generator=torch.Generator().manual_seed(seed))
+        uniform.append(prolip.mix(prompts, torch.full_like(weights, 1 / len(weights))).mean)
+        weighted.append(prolip.mix(prompts, weights).mean)
+        good.append(weights[:3].sum())
+
+    def accuracy(classes):
+        right = (pictures.mean[~shown] @ torch.cat(classes).T).argmax(dim=1) == labels[~shown]
+        return 100 * right.float().mean()
+    return {"prompts: accuracy, all six alike, %": accuracy(uniform),
+            f"prompts: accuracy, re-weighted by {shots} pictures a class, %": accuracy(weighted),
+            "prompts: weight of the three that fit, % (alike: 50)": 100 * torch.stack(good).mean()}
+
+
+def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
+    """The most and the least certain pictures and captions, and what hiding parts of a picture does."""
+    size = model.config.image_size
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    uncertainty = encode_pictures(model, np.stack([data.draw(scene, size) for scene in scenes])).uncertainty
+    order = uncertainty.argsort().tolist()
+    rows = [("most certain pictures", [(scenes[i], 0.0, uncertainty[i]) for i in order[:count]]),
+            ("least certain pictures", [(scenes[i], 0.0, uncertainty[i]) for i in order[-count:]])]
+    scene = scenes[order[len(order) // 2]]
+    shares = [i / 8 for i in range(count)]
+    hidden = encode_pictures(model, np.stack([data.draw(scene, size, share) for share in shares])).uncertainty
+    rows.append(("one picture, more and more of it hidden", [(scene, s, u) for s, u in zip(shares, hidden)]))
+    width = count * (side + gap) + gap
+    captions = sorted({caption for scene in scenes for caption in [*data.captions(scene), *data.ladder(scene)]})
+    spread = encode_texts(model, tokenizer, captions).uncertainty
+    ranked = spread.argsort().tolist()
+    lists = [("most certain captions", ranked[:count]), ("least certain captions", ranked[:-count - 1:-1])]
+    height = len(rows) * (side + 54) + len(lists) * (30 + 21 * count) + 3 * gap
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, y = ImageDraw.Draw(sheet), gap
+    for title, row in rows:
+        pen.text((gap, y), title, fill="black", font=font)
+        for column, (scene, share, value) in enumerate(row):
+            x = gap + column * (side + gap)
+            sheet.paste(Image.fromarray(data.draw(scene, side, share)), (x, y + 22))
+            pen.text((x, y + 24 + side), f"{value:.4f}", fill="gray", font=small)
+        y += side + 54
+    longest = spread.max().item()
+    for title, chosen in lists:
+        pen.text((gap, y), title, fill="black", font=font)
+        for line, i in enumerate(chosen):
+            top = y + 24 + 21 * line
+            pen.rectangle((gap, top + 3, gap + 150 * spread[i].item() / longest, top + 14), fill=(70, 110, 200))
+            pen.text((gap + 158, top), f"{spread[i]:.4f}", fill="gray", font=small)
+            text = captions[i]
+            while pen.textlength(text, font=small) > width - 230 - gap:
+                text = text[:-4] + "..."
+            pen.text((gap + 212, top), text, fill="black", font=small)
+        y += 30 + 21 * count
+    sheet.save(path)
+    print(f"picture: {path}")
+
+
+# =====================================================================================================================
+
+if __name__ == "__main__":
+    claims = {"prolip": prolip_claims}
+    parser = argparse.ArgumentParser(description="The papers' claims on generated pictures.")
+    parser.add_argument("model", choices=claims)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("."), help="where pictures go (default: here)")
+    options = parser.parse_args()
+    claims[options.model](options.seeds, options.out)
