@@ -114,8 +114,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, hidden, activation)
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal=causal)
+    def forward(self, x, mask=None, causal=False):
+        x = x + self.attn(self.ln_1(x), mask, causal)
         return x + self.mlp(self.ln_2(x))
 
 

@@ -1174,8 +1174,8 @@ class WordPiece:
     >>> WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##aff", "##able", "!"]).encode("Unaffable! Ugh")
     [4, 5, 6, 7, 1]
     """
-    def __init__(self, vocab, lower=True):
-        self.vocab, self.lower = list(vocab), lower
+    def __init__(self, vocab, lower=True, clean=False):
+        self.vocab, self.lower, self.clean = list(vocab), lower, clean  # clean: by basic_clean before all else
         self.ids = {piece: i for i, piece in enumerate(self.vocab)}
         required = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
         missing = [token for token in required if token not in self.ids]
@@ -1187,9 +1187,9 @@ class WordPiece:
         self.cache = {}
 
     @classmethod
-    def from_file(cls, path, lower=True):
+    def from_file(cls, path, lower=True, clean=False):
         try:
-            return cls(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), lower)
+            return cls(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), lower, clean)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except (OSError, UnicodeDecodeError):
@@ -1227,7 +1227,7 @@ class WordPiece:
         return ids
 
     def encode(self, text):
-        ids = []
+        ids, text = [], basic_clean(text) if self.clean else text
         for i, part in enumerate(self.special.split(text)):
             if i % 2:  # [CLS] and the like, spelled out in the text
                 ids.append(self.ids.get(part, self.unk_id))
@@ -1242,7 +1242,7 @@ class WordPiece:
         return " ".join(self.vocab[i] for i in ids if i != self.pad_id).replace(" ##", "")
 
     def state(self):
-        return {"kind": "wordpiece", "vocab": self.vocab, "lower": self.lower}
+        return {"kind": "wordpiece", "vocab": self.vocab, "lower": self.lower, "clean": self.clean}
 
 
 def is_cjk(code):
@@ -1331,12 +1331,12 @@ class Unigram:
 
 
 def read_vocabulary(kind, path):
-    """A published vocabulary: "clip" (merges), "unigram" (T5's), "wordpiece" (BERT's, lower), "wordpiece-cased"."""
+    """A published vocabulary: "clip" (merges), "unigram" (T5's), "wordpiece" (BERT's), "wordpiece-cased", "-clips"."""
     if kind == "clip":
         return CLIPBPE.from_file(path)
     if kind == "unigram":
         return Unigram.from_file(path)
-    return WordPiece.from_file(path, lower={"wordpiece": True, "wordpiece-cased": False}[kind])
+    return WordPiece.from_file(path, lower=kind != "wordpiece-cased", clean=kind == "wordpiece-clips")
 
 
 def tokenizer_from(state):
@@ -1346,7 +1346,7 @@ def tokenizer_from(state):
     if state["kind"] == "clip":
         return CLIPBPE(state["merges"])
     if state["kind"] == "wordpiece":
-        return WordPiece(state["vocab"], state["lower"])
+        return WordPiece(state["vocab"], state["lower"], state.get("clean", False))
     if state["kind"] == "unigram":
         return Unigram(state["pieces"], state["unk_id"])
     raise UserError(f"unknown kind of tokenizer {state['kind']!r}; known: bpe, clip, unigram, wordpiece")

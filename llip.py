@@ -66,7 +66,8 @@ class Config:
     embed_dim: int = 512
     activation: str = "quick_gelu"
     head_start: bool = False         # for fresh small towers: see the function of that name
-    logit_bias: float = -10.0        # at birth
+    logit_scale: float = math.log(1 / 0.07)  # at birth, as the next
+    logit_bias: float = -10.0
     mixture_tokens: int = 64
     mixing_heads: int = 8
     temperature: float = 5.0         # divides the scores in the mixture's softmax: the larger, the flatter
@@ -132,8 +133,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, hidden, activation)
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal=causal)
+    def forward(self, x, mask=None, causal=False):
+        x = x + self.attn(self.ln_1(x), mask, causal)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -256,8 +257,8 @@ def cosines(keys, values, query, target, out_proj, temperature):
     """The cosine of each image's mixture for each text with that text: (I, T).
 
     keys, values: (I, M, K, d); query: (T, M, d); target: (T, E) of length 1; out_proj: (E, E).
-    In principle: z = mix(...), (I, T, E), and the cosine of z_ij and t_j. But z_ij is linear in the weights a_ij, and
-    each value v can be sent through its head's rows of out_proj first, w = v Wo_m. Then, for the M K weights of a pair,
+    In principle: z = mixtures(...), (I, T, E), and the cosine of z_ij and t_j. But z_ij is linear in the weights a_ij,
+    and each value v can be sent through its head's rows of out_proj first, w = v Wo_m. Then, for a pair's M K weights,
         z_ij . t_j = sum a w_i . t_j         which is a product like that of keys and query, and
         |z_ij|^2   = a_ij^T G_i a_ij         with G_i = w_i w_i^T, the image's own table of products, (M K, M K).
     The texts cost a row of M K numbers each and no mixture of E; it pays as long as M K is not much more than E.
@@ -269,7 +270,7 @@ def cosines(keys, values, query, target, out_proj, temperature):
     return product / square.clamp(min=1e-12).sqrt()
 
 
-def mix(images, texts, out_proj, temperature):
+def mixtures(images, texts, out_proj, temperature):
     """The mixtures themselves, not normalised, (I, T, E): for pictures and tests, and to see what `cosines` saves."""
     weights = mixing_weights(images.keys, texts.query, temperature)
     return torch.einsum("imkt,imkd->itmd", weights, images.values).flatten(2) @ out_proj
@@ -345,7 +346,7 @@ class Llip(nn.Module):
         if config.head_start:
             head_start(self.image_encoder, config.image_size // config.patch_size)
         # train.py keeps the scale at most at ln 100. The bias begins low, as nearly all pairs are wrong ones.
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and spread of CLIP's own training pictures.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
@@ -594,7 +595,8 @@ CONFIGS = {
                            mixing_norm=True),                             # 2,813,561,090
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
                    vocab_size=1024, end_id=2, context_length=64, text_width=128, text_layers=2, text_heads=4,
-                   text_mlp=512, embed_dim=128, head_start=True, mixture_tokens=16, mixing_heads=4),
+                   text_mlp=512, embed_dim=128, head_start=True, logit_scale=math.log(30), mixture_tokens=16,
+                   mixing_heads=4),
 }
 
 
@@ -643,7 +645,7 @@ RECIPES = {
     **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="clip",
                   files=files, scratch=dict(epochs=32, lr=4e-4 if "-g-" in name else 5e-4, weight_decay=0.2))
        for name, files in PUBLISHED.items()},
-    "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=1.0, weight_decay=0.05, warmup=0.1),
+    "tiny": dict(batch=64, epochs=8, lr=5e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1),
 }
 
 

@@ -38,12 +38,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import clip
+import clips
 import data
 import liteclip
+import llip
 import prolip
 from data import UserError, say
 
-MODELS = {"clip": clip.CLIP, "koclip": clip.KoCLIP, "liteclip": liteclip.LiteCLIP, "prolip": prolip.ProLIP}
+MODELS = {"clip": clip.CLIP, "koclip": clip.KoCLIP, "liteclip": liteclip.LiteCLIP, "prolip": prolip.ProLIP,
+          "llip": llip.Llip, "clips": clips.CLIPS}
 
 
 def home(Model):
@@ -454,7 +457,8 @@ def make_model(args, Model, config, recipe, texts):
             raise UserError(f"{error}\nDelete what is wrong, of {paths}, to download it again; or use "
                             "--scratch") from None
     tokenizer = data.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
-    special = {name: getattr(tokenizer, name) for name in ("pad_id", "end_id", "mask_id") if hasattr(config, name)}
+    special = {name: getattr(tokenizer, name) for name in ("pad_id", "start_id", "end_id", "mask_id")
+               if hasattr(config, name)}
     return Model(replace(config, vocab_size=len(tokenizer), **special)), tokenizer
 
 

@@ -5,6 +5,7 @@
     python tests/bench.py clip        # one vit-b-32 training step against open_clip's
                                       # (needs: pip install open_clip_torch)
     python tests/bench.py prolip      # the pairwise loss against the published formula: time and peak memory
+    python tests/bench.py llip        # the loss over mixtures, likewise
     python tests/bench.py shapes      # drawing 10,000 pictures
     python tests/bench.py tokens      # training the tokenizer and encoding with it
 """
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip  # noqa: E402
 import data  # noqa: E402
 import liteclip  # noqa: E402
+import llip  # noqa: E402
 import prolip  # noqa: E402
 import train  # noqa: E402
 
@@ -169,6 +171,27 @@ def pairwise_losses(batch=256, dim=768):
                      [*image, *text, scale, bias])
 
 
+def mixture_losses(batch=256, tokens=32, dim=512, heads=8, temperature=5.0):
+    """Llip's loss, forward and backward: name -> a function that returns the loss."""
+    torch.manual_seed(0)
+    shape = batch, heads, tokens, dim // heads
+    images = llip.Mixture(*(torch.randn(shape).requires_grad_() for _ in range(2)))
+    texts = llip.Query(torch.randn(batch, heads, dim // heads).requires_grad_(),
+                       F.normalize(torch.randn(batch, dim), dim=-1).requires_grad_())
+    out_proj = (dim ** -0.5 * torch.randn(dim, dim)).requires_grad_()
+    scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    y = 2 * torch.eye(batch) - 1
+
+    def published():  # every image mixed for every caption, (B, B, E), then normalised, then compared
+        mixed = F.normalize(llip.mixtures(images, texts, out_proj, temperature), dim=-1)
+        logits = scale * torch.einsum("ite,te->it", mixed, texts.target) + bias
+        return -F.logsigmoid(y * logits).sum() / batch
+
+    return backwards({"published formula": published,
+                      "llip.py": lambda: llip.mixture_loss(images, texts, out_proj, scale, bias, temperature)},
+                     [*images, *texts, out_proj, scale, bias])
+
+
 def backwards(functions, inputs):
     """Each function with a backward pass behind it, after which no gradient is left."""
     def both(function):
@@ -180,7 +203,7 @@ def backwards(functions, inputs):
     return {name: lambda function=function: both(function) for name, function in functions.items()}
 
 
-LOSSES = {"prolip": pairwise_losses}
+LOSSES = {"prolip": pairwise_losses, "llip": mixture_losses}
 
 
 def peak(function):

@@ -1,6 +1,7 @@
 """What the papers claim, put to the test on generated pictures: trains what is not there yet, then prints its tables.
 
-    python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 5 minutes on two cores
+    python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 6 minutes on two cores
+    python tests/claims.py llip              # numbers of tokens, what is not mixed, temperature; 21 runs of 3 minutes
 
 Runs go to runs/claims/ and are used again when they are there. --seeds 0 for one run, --out FOLDER for the pictures.
 """
@@ -10,6 +11,7 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+import llip  # noqa: E402
 import prolip  # noqa: E402
 import train  # noqa: E402
 
@@ -58,14 +61,22 @@ def spearman(x, y):
     return (a * b).sum(-1) / np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1)).clip(1e-12)
 
 
-def report(title, rows, unit=""):
-    """rows: name -> a value for each seed. A line each: mean and standard deviation over the seeds."""
+def table():
+    """-> name -> a value for each seed, and the function that adds one."""
+    found = {}
+
+    def note(name, value):
+        found.setdefault(name, []).append(float(value))
+    return found, note
+
+
+def report(title, found):
+    """A line for each name: mean and standard deviation over the seeds."""
     print(f"\n{title}")
-    for name, values in rows.items():
-        values = [float(v) for v in values]
+    for name, values in found.items():
         sd = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
         each = f"   ({', '.join(f'{v:.4g}' for v in values)})" if len(values) > 1 else ""
-        print(f"  {name:58} {statistics.mean(values):.4g}{sd}{unit}{each}")
+        print(f"  {name:66} {statistics.mean(values):.4g}{sd}{each}")
 
 
 # === ProLIP ==========================================================================================================
@@ -81,17 +92,36 @@ def inside(first, second):
     return (prolip.inclusion_test(first, second) - prolip.inclusion_test(second, first)).sum(dim=-1) > 0
 
 
+def load_with_ladders(language, split, size, cache, seed, load=data.load_shapes):
+    """As data.load_shapes, but training pictures have their four captions from general to exact besides the five."""
+    found = load(language, split, size, cache, seed)
+    if split == "train":
+        for i, sample in enumerate(found.samples):
+            sample.captions += data.ladder(data.make_scene(f"{seed}/{split}/{i}"), language)
+    return found
+
+
 def prolip_claims(seeds, out, scenes=500):
+    """Twice: as `python train.py --model prolip` trains it, on captions that all say something, and on general ones too."""
+    for ladders in (False, True):
+        with mock.patch.object(data, "load_shapes", load_with_ladders if ladders else data.load_shapes):
+            models = {seed: trained("prolip", seed, "-ladders" if ladders else "") for seed in seeds}
+        found = prolip_tables(models, scenes)
+        what = "captions from general to exact" if ladders else "the usual captions"
+        report(f"ProLIP tiny, trained on {what}, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
+    draw_prolip(out / "prolip.png", *models[seeds[0]], [data.make_scene(f"0/test/{i}") for i in range(scenes)])
+
+
+def prolip_tables(models, scenes):
     keys = [f"0/test/{i}" for i in range(scenes)]
     scenes = [data.make_scene(key) for key in keys]
-    found = {}
-
-    def note(name, value):
-        found.setdefault(name, []).append(float(value))
-
-    for seed in seeds:
-        model, tokenizer = trained("prolip", seed)
+    found, note = table()
+    split, task = data.load("shapes", "test", 32), data.load_zero_shot("shapes", 32)
+    for seed, (model, tokenizer) in models.items():
         size = model.config.image_size
+        scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+        for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
+            note(f"{what}, %", scores[key])
         pictures = encode_pictures(model, np.stack([data.draw(scene, size) for scene in scenes]))
 
         # --- captions from general to exact ---
@@ -134,13 +164,11 @@ def prolip_claims(seeds, out, scenes=500):
 
         for name, value in prompt_accuracy(model, tokenizer, seed).items():
             note(name, value)
-        if seed == seeds[0]:
-            draw_prolip(out / "prolip.png", model, tokenizer, scenes)
-    report(f"ProLIP tiny on shapes, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
+    return found
 
 
 def prompt_accuracy(model, tokenizer, seed, shots=5):
-    """Zero-shot accuracy with PROMPTS, averaged alike and re-weighted by `shots` pictures of each class; on the others."""
+    """Zero-shot accuracy with PROMPTS, all alike and re-weighted by `shots` pictures of each class, on the others."""
     task = data.load_zero_shot("shapes", model.config.image_size)
     labels = torch.from_numpy(task.labels)
     pictures = encode_pictures(model, task.images)
@@ -208,10 +236,104 @@ def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
     print(f"picture: {path}")
 
 
+# === Llip ============================================================================================================
+
+class Registers(llip.Llip):
+    """K tokens in the ViT, of which the first alone is compared: room to think in, but nothing to choose from."""
+    def encode_image(self, images):
+        return llip.Mixture(*(x[:, :, :1] for x in super().encode_image(images)))
+
+
+class LearnedAverage(llip.Llip):
+    """The tokens are mixed, but alike for all captions: by one query that is learned."""
+    def __init__(self, config):
+        super().__init__(config)
+        self.query = torch.nn.Parameter(torch.randn(config.mixing_heads, config.embed_dim // config.mixing_heads))
+
+    def encode_text(self, tokens):
+        query, target = super().encode_text(tokens)
+        return llip.Query(self.query.expand_as(query), target)
+
+
+for baseline in (Registers, LearnedAverage):
+    baseline.__module__ = "llip"  # whose sizes and recipes they have
+    train.MODELS[f"llip-{baseline.__name__.lower()}"] = baseline
+
+VARIANTS = {  # what is compared: (model, part of the run's name, changes to the tiny configuration)
+    "K = 1: the sigmoid loss alone": ("llip", "-k1", {"mixture_tokens": 1}),
+    "16 tokens, the first compared (registers)": ("llip-registers", "", {}),
+    "16 tokens, their mean": ("llip", "-mean", {"temperature": 1e6}),
+    "16 tokens, a learned mean": ("llip-learnedaverage", "", {}),
+    "K = 4": ("llip", "-k4", {"mixture_tokens": 4}),
+    "K = 16": ("llip", "-k16", {"mixture_tokens": 16}),
+    "K = 32": ("llip", "-k32", {"mixture_tokens": 32}),
+}
+TEMPERATURES = (1, 3, 5, 8, 10)  # at test time; trained with 5
+
+
+def llip_claims(seeds, out, epochs="4"):
+    split = data.load("shapes", "test", llip.CONFIGS["tiny"].image_size)
+    task = data.load_zero_shot("shapes", llip.CONFIGS["tiny"].image_size)
+    found, note = table()
+    for seed in seeds:
+        for name, (model, variant, changes) in VARIANTS.items():
+            model, tokenizer = trained(model, seed, variant, ("--epochs", epochs), **changes)
+            scores, features = train.evaluate(model, tokenizer, split, task, "fp32")
+            for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
+                note(f"{name}: {what}, %", scores[key])
+            if name != "K = 16":
+                continue
+            for model.temperature in TEMPERATURES:
+                scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+                name = f"K = 16 at temperature {model.temperature}"
+                note(f"{name}: mean of both R@1, %", (scores["i2t_r1"] + scores["t2i_r1"]) / 2)
+                note(f"{name}: zero-shot, %", scores["zs_all"])
+            model.temperature = model.config.temperature
+            images, texts, owner = features
+            weights = torch.cat([llip.mixing_weights(images.keys[i:i + 1], texts.query[owner == i], model.temperature)
+                                 for i in range(len(split))])  # (images, M, K, 5 captions of the image)
+            entropy = -(weights * weights.clamp(min=1e-12).log()).sum(dim=2)  # (images, M, 5)
+            note("K = 16: tokens that a caption uses in a head (exp of the entropy)", entropy.exp().mean())
+            moved = (weights[..., :, None] - weights[..., None, :]).abs().sum(dim=2).mean(dim=1) / 2  # (images, 5, 5)
+            note("K = 16: weight that moves between two captions of an image, %", 100 * moved.sum() / (20 * len(split)))
+            if seed == seeds[0]:
+                draw_llip(out / "llip.png", model, tokenizer)
+    report(f"Llip tiny on shapes, {epochs} epochs, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
+
+
+def draw_llip(path, model, tokenizer, key="0/test/20", side=224, gap=16):
+    """One image, three captions, and what each takes from the image: a row for each mixing head, a column a token."""
+    scene = data.make_scene(key, count=2)
+    captions = [data.captions(scene)[i] for i in (0, 2, 3)]  # a thing, the count, the background
+    picture = torch.from_numpy(data.draw(scene, model.config.image_size)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        images = model.encode_image(picture)
+        texts = model.encode_text(model.tokenize(captions, tokenizer))
+        weights = llip.mixing_weights(images.keys, texts.query, model.temperature)[0]  # (M, K, 3)
+        cosines = model.similarity(images, texts)[0]
+    heads, tokens, _ = weights.shape
+    cell, font = 26, ImageFont.load_default(14)
+    height = len(captions) * (heads * cell + 44) + gap
+    sheet = Image.new("RGB", (side + 3 * gap + max(tokens * cell, 420), max(height, side + 2 * gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    sheet.paste(Image.fromarray(data.draw(scene, side)), (gap, gap))
+    for i, caption in enumerate(captions):
+        x, y = side + 2 * gap, gap + i * (heads * cell + 44)
+        pen.text((x, y), f"{caption}   (cosine {cosines[i]:.2f})", fill="black", font=font)
+        for head in range(heads):
+            for token in range(tokens):
+                shade = int(255 * (1 - min(1.0, weights[head, token, i].item() / weights.max().item())))
+                left, top = x + token * cell, y + 22 + head * cell
+                pen.rectangle((left, top, left + cell - 2, top + cell - 2), fill=(shade, shade, 255),
+                              outline=(210, 210, 225))
+    sheet.save(path)
+    print(f"picture: {path}")
+
+
 # =====================================================================================================================
 
 if __name__ == "__main__":
-    claims = {"prolip": prolip_claims}
+    claims = {"prolip": prolip_claims, "llip": llip_claims}
     parser = argparse.ArgumentParser(description="The papers' claims on generated pictures.")
     parser.add_argument("model", choices=claims)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

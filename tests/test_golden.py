@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import clip
+import clips
 import liteclip
 import llip
 import prolip
@@ -65,6 +66,17 @@ def build_llip(golden):
     return llip.Llip.from_pretrained(golden["state_dict"], config), llip.rename
 
 
+def build_clips(golden):
+    c = golden["config"]
+    config = clips.Config(
+        image_size=c["image_size"], patch_size=c["patch_size"], image_width=c["vision_width"],
+        image_layers=c["vision_layers"], image_heads=c["vision_heads"], image_mlp=4 * c["vision_width"],
+        vocab_size=c["vocab_size"], class_id=3, context_length=c["context_length"], text_width=c["text_width"],
+        text_layers=c["text_layers"], text_heads=c["text_heads"], text_mlp=4 * c["text_width"],
+        embed_dim=c["embed_dim"], norm_eps=c["norm_eps"], caption_layers=0)
+    return clips.CLIPS.from_pretrained(golden["state_dict"], config), clips.rename
+
+
 def build_prolip(golden):
     c, w = golden["config"], golden["weights"]
     config = prolip.Config(
@@ -80,7 +92,7 @@ def build_prolip(golden):
 
 BUILD = {"clip_quickgelu": build_clip, "clip_gelu": build_clip, "koclip": build_koclip, "koclip_large": build_koclip,
          "liteclip": build_liteclip, "llip": build_llip,
-         "llip_norm": build_llip, "prolip": build_prolip}
+         "llip_norm": build_llip, "prolip": build_prolip, "clips": build_clips}
 
 
 def assert_close(ours, reference):
@@ -157,7 +169,7 @@ def check_llip(model, rename, golden):
     assert_close(image_features.values, golden["values"])
     assert_close(text_features.query, golden["queries"])
     assert_close(text_features.target, golden["text_features"])
-    mixed = llip.mix(image_features, text_features, model.out_proj, model.temperature)
+    mixed = llip.mixtures(image_features, text_features, model.out_proj, model.temperature)
     assert_close(torch.nn.functional.normalize(mixed, dim=-1), golden["mixed_image_features"])
     logits = model.logit_scale.exp() * model.similarity(image_features, text_features) + model.logit_bias
     assert_close(logits, golden["logits"])
@@ -166,7 +178,17 @@ def check_llip(model, rename, golden):
     assert_gradients(model, loss, rename, golden)
 
 
-CHECK = {"llip": check_llip, "llip_norm": check_llip, "prolip": check_prolip}
+def check_clips(model, rename, golden):
+    images = golden["image"].double()
+    assert_close(model.encode_image(images), golden["image_features"])
+    assert_close(model.encode_text(golden["web_caption"]), golden["web_features"])
+    assert_close(model.encode_text(golden["sub_caption"]), golden["sub_features"])
+    losses = model(images, golden["web_caption"], golden["sub_caption"], targets=None)
+    assert_close(losses["contrastive"], golden["loss_contrastive"])
+    assert_gradients(model, losses["contrastive"], rename, golden)
+
+
+CHECK = {"clips": check_clips, "llip": check_llip, "llip_norm": check_llip, "prolip": check_prolip}
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in sorted(GOLDEN.glob("*.pt")) if p.stem in BUILD])

@@ -10,13 +10,16 @@ import torch
 from PIL import Image
 
 import clip
+import clips
 import data
 import liteclip
+import llip
+import prolip
 import train
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCSTRINGS = train.__doc__ + clip.__doc__ + liteclip.__doc__
+DOCSTRINGS = "".join(module.__doc__ for module in (train, clip, liteclip, prolip, llip, clips))
 
 
 def blocks(language):
@@ -84,7 +87,7 @@ def test_the_example_table_is_one_that_data_reads(tmp_path):
 
 def test_line_counts_and_links():
     rows = re.findall(r"^\| \[(\w+\.py)\]\(.*\| (\d+) \| [\d,]+ \|$", README, flags=re.MULTILINE)
-    assert [name for name, _ in rows] == ["clip.py", "liteclip.py"]
+    assert [name for name, _ in rows] == ["clip.py", "liteclip.py", "prolip.py", "llip.py", "clips.py"]
     for name, lines in rows:
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
@@ -110,10 +113,11 @@ def test_code_that_loads_released_weights(tmp_path, monkeypatch):
 
 
 def test_nothing_but_the_requirements_is_imported():
-    allowed = {"torch", "torchvision", "PIL", "numpy", "tqdm", "data", "train", "clip", "liteclip"}
+    allowed = {"torch", "torchvision", "PIL", "numpy", "tqdm", "data", "train", "clip", "liteclip", "prolip", "llip", "clips"}
     import ast
     import sys
-    for name, extra in (("clip.py", {"torch"}), ("liteclip.py", {"torch"}), ("data.py", allowed), ("train.py", allowed)):
+    models = ("clip.py", "liteclip.py", "prolip.py", "llip.py", "clips.py")
+    for name, extra in [*((name, {"torch"}) for name in models), ("data.py", allowed), ("train.py", allowed)]:
         for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:
             for module in [a.name for a in node.names] if isinstance(node, ast.Import) else \
                     [node.module] if isinstance(node, ast.ImportFrom) else []:

@@ -1,4 +1,4 @@
-"""The tokenizers: the published ids of WordPiece and CLIP, hand-worked vocabularies and merges, a slow BPE."""
+"""The tokenizers: the published ids of WordPiece, CLIP and ProLIP, hand-worked cases, a slow BPE, all spellings."""
 import collections
 import doctest
 import gzip
@@ -338,10 +338,166 @@ def test_wrong_clip_vocabulary_file_is_named_as_such(tmp_path, content, message)
         data.CLIPBPE.from_file(tmp_path / "merges.gz")
 
 
+# === Unigram =========================================================================================================
+
+def test_golden_token_ids_of_prolips_unigram():
+    golden = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
+    tokenizer = data.read_vocabulary("unigram", GOLDEN / "unigram_tokenizer.json")
+    assert (len(tokenizer), tokenizer.start_id, tokenizer.pad_id, tokenizer.end_id) == (2000, None, 1, 1)
+    assert len(golden["texts"]) > 60 and any(2 in row for row in golden["unigram"])
+    for text, canonical, row in zip(golden["texts"], golden["canonical"], golden["unigram"], strict=True):
+        assert tokenizer.clean(text) == canonical
+        ids = [*tokenizer.encode(text)[:63], 1]
+        assert ids + [1] * (64 - len(ids)) == row, text
+        assert tokenizer.encode(text) == tokenizer.encode(text)  # the second time from its cache of words
+
+
+# The rarest piece has -8, an unknown character therefore -18.
+PIECES = [["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["▁", -4], ["▁a", -2], ["▁do", -4], ["g", -3], ["dog", -4],
+          ["▁dogs", -8], ["s", -2], ["a", -3], ["aa", -5], ["b", -3], ["ab", -6], ["ba", -6], ["▁b", -4], ["가", -4]]
+UNIGRAM = data.Unigram(PIECES)
+
+
+@pytest.mark.parametrize("text, pieces", [
+    ("a dog", "▁a ▁do g"),                   # -7; ▁ dog has -8
+    ("dogs", "▁dogs"),                       # -8; ▁do g s has -9
+    ("A DOG!", "▁a ▁do g"),                  # lower case, no punctuation
+    ("a-b a_b", "▁a b ▁a ▁b"),               # nothing for a hyphen, a space for an underline
+    ("aaa", "▁a aa"),                        # -7; ▁a a a has -8, ▁ aa a -12
+    ("  a \n\t b ", "▁a ▁b"),
+    ("c", "▁ <unk>"),
+    ("cde", "▁ <unk>"),                      # a run of unknown characters is one <unk>
+    ("cadde", "▁ <unk> a <unk>"),
+    ("c c", "▁ <unk> ▁ <unk>"),              # but not across words
+    ("xyzs猫猫g", "▁ <unk> s <unk> g"),
+    ("가 나", "▁ 가 ▁ <unk>"),
+    (unicodedata.normalize("NFD", "가"), "▁ 가"),
+    ("<unk> </s> <pad>", "▁ <unk> ▁ s ▁ <unk> a <unk>"),  # these are no marks in a text, only letters
+    ("ａ＿ｂ", "▁a ▁b"),                      # full width
+    ("b\u00b4a", "▁b ▁ <unk> a"),            # NFKC makes of an acute a space with an accent above
+    ("a▁b", "▁a ▁b"),                        # the sign for a space, spelled out
+    ("▁", "▁"),
+    ("&amp;a &lt;b&gt;", "▁a ▁b"),
+    ("", ""), (" \n ", ""), ("?!", ""), ("_", ""),
+])
+def test_unigram_on_hand_worked_cases(text, pieces):
+    assert [PIECES[i][0] for i in UNIGRAM.encode(text)] == pieces.split()
+
+
+def spellings(word, vocabulary):
+    """All ways to spell a word in pieces; a character that is no piece by itself may stand as None."""
+    if not word:
+        yield []
+    for n in range(1, len(word) + 1):
+        piece = word[:n]
+        if piece in vocabulary or n == 1:
+            for rest in spellings(word[n:], vocabulary):
+                yield [piece if piece in vocabulary else None, *rest]
+
+
+@pytest.mark.parametrize("letters", ["abc", "ab", "abcdx"])
+@pytest.mark.parametrize("seed", range(3))
+def test_unigram_finds_the_best_of_all_spellings(letters, seed):
+    """Of all spellings of every short word, none has a larger sum of scores: random vocabularies, "x" never known."""
+    rng = random.Random(f"{letters} {seed}")
+    known = letters.replace("x", "")
+    longer = {"".join(rng.choices("▁" + known, k=rng.randrange(1, 5))) for _ in range(25)}
+    longer = {piece for piece in longer if "▁" not in piece[1:]}
+    vocabulary = {piece: -rng.uniform(1, 12) for piece in sorted({"▁", *rng.sample(known, 2), *longer})}
+    tokenizer = data.Unigram([["<pad>", 0], ["</s>", 0], ["<unk>", 0], *vocabulary.items()])
+    scores = vocabulary | {None: min(vocabulary.values()) - 10}
+    for _ in range(150):
+        word = "".join(rng.choices(letters, k=rng.randrange(1, 8)))
+        best = max(spellings("▁" + word, vocabulary), key=lambda pieces: sum(scores[piece] for piece in pieces))
+        merged = []
+        for piece in best:
+            if piece or merged[-1:] != ["<unk>"]:
+                merged.append(piece or "<unk>")
+        assert [tokenizer.pieces[i][0] for i in tokenizer.encode(word)] == merged, word
+
+
+def test_unigram_of_equal_sums_takes_the_longest_last_piece():
+    for order in (1, -1):  # whatever their order in the file
+        scores = [["▁do", -4], ["g", -3], ["▁", -4], ["dog", -3], ["▁b", -4], ["a", -3], ["b", -3], ["ab", -6]][::order]
+        tokenizer = data.Unigram([["<pad>", 0], ["</s>", 0], ["<unk>", 0], *scores])
+        assert [tokenizer.pieces[i][0] for i in tokenizer.encode("dog")] == ["▁", "dog"]  # -7; and so has ▁do g
+        assert [tokenizer.pieces[i][0] for i in tokenizer.encode("bab")] == ["▁b", "ab"]  # -10; and so has ▁b a b
+
+
+def test_unigram_pieces_are_found_however_long():
+    tokenizer = data.Unigram([["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["▁" + "a" * 30, -9], ["▁", -1], ["a", -1]])
+    assert tokenizer.encode("a" * 30) == [3] and tokenizer.encode("a" * 31) == [3, 5]
+    assert tokenizer.encode("a" * 6) == [4] + [5] * 6
+
+
+def test_unigram_decoding():
+    assert UNIGRAM.decode(UNIGRAM.encode("A dog, dogs  a-b")) == "a dog dogs ab"
+    assert UNIGRAM.decode([*UNIGRAM.encode("a dog"), 1, 1, 1]) == "a dog"  # the end is padding
+    assert UNIGRAM.decode(UNIGRAM.encode("a cat")) == "a <unk>a<unk>"
+    assert UNIGRAM.decode([]) == UNIGRAM.decode([1]) == ""
+
+
+def test_unigram_gives_cleaned_text_of_known_letters_back():
+    rng, letters = random.Random(0), "abgs가 _-."
+    for _ in range(200):
+        text = "".join(rng.choices(letters, k=rng.randrange(20)))
+        expected = " ".join("".join(c for c in text.replace("_", " ") if c not in "-.").split())
+        assert UNIGRAM.decode(UNIGRAM.encode(text)) == expected
+        assert all(2 < i < len(PIECES) for i in UNIGRAM.encode(text))
+
+
+@pytest.mark.parametrize("text, clean", [
+    ("A Girl, dancing!", "a girl dancing"), ("it's \u201cit\u2019s\u201d", "its its"), ("x_y__z", "x y z"),
+    ("#1 (50%) a+b=c", "1 50 abc"), ("ÉÀ Straße İ", "éà straße i\u0307"), ("&eacute;&amp;amp; &copy;", "é ©"),
+    ("a\u00a0b\u3000c\u2028d", "a b c d"), ("naïve—dash «q» ¿", "naïve—dash «q» ¿"),  # ASCII punctuation alone goes
+    ("ﬁ Ａ½", "fi a½"),
+])
+def test_unigram_cleaning(text, clean):
+    assert data.Unigram.clean(text) == clean
+
+
+def tokenizer_json(**changes):
+    return {"version": "1.0", "model": {"type": "Unigram", "unk_id": 2, "vocab": PIECES} | changes}
+
+
+def test_unigram_reads_its_file(tmp_path):
+    pieces = [["<unk>", 0.0], ["</s>", 0.0], ["▁", -1.5], ["a", -2.0]]
+    for more in ({}, {"byte_fallback": False}):
+        content = tokenizer_json(unk_id=0, vocab=pieces, **more)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        tokenizer = data.Unigram.from_file(tmp_path / "tokenizer.json")
+        assert tokenizer.encode("aba") == [2, 3, 0, 3] and len(tokenizer) == 4 and tokenizer.unk_id == 0
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, r"tokenizer\.json: no such file"),
+    (b"", r"tokenizer\.json is no tokenizer\.json with a Unigram model"),
+    (b"a piece\na line\n", "is no tokenizer.json with a Unigram model"),
+    (b"\xff\xfe", "is no tokenizer.json with a Unigram model"),
+    (b"[1, 2]", "is no tokenizer.json with a Unigram model"),
+    ({"version": "1.0"}, "is no tokenizer.json with a Unigram model"),
+    ({"model": ["Unigram"]}, "is no tokenizer.json with a Unigram model"),
+    (tokenizer_json(vocab={"a": 1}), "is no tokenizer.json with a Unigram model"),
+    (tokenizer_json(vocab=[]), "is no tokenizer.json with a Unigram model"),
+    (tokenizer_json(vocab=[["a", "often"]]), "is no tokenizer.json with a Unigram model"),
+    (tokenizer_json(vocab=[[1, 2.0]]), "is no tokenizer.json with a Unigram model"),
+    (tokenizer_json(type="BPE", vocab={"a": 0}, merges=[]), "expected a Unigram model .*found BPE"),
+    (tokenizer_json(byte_fallback=True), "without byte_fallback"),
+], ids=["missing", "empty", "no JSON", "no UTF-8", "list", "no model", "model a list", "vocab a table", "no pieces",
+        "no score", "no text", "BPE", "byte fallback"])
+def test_wrong_unigram_file_is_named_as_such(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content if isinstance(content, bytes) else
+                                                  json.dumps(content).encode())
+    with pytest.raises(data.UserError, match=message) as error:
+        data.Unigram.from_file(tmp_path / "tokenizer.json")
+    assert "\n" not in str(error.value) and "tokenizer.json" in str(error.value)
+
+
 # === all =============================================================================================================
 
-@pytest.mark.parametrize("tokenizer", [data.BPE.train(TEXTS, 300), data.WordPiece(VOCAB), CLIP],
-                         ids=["bpe", "wordpiece", "clip"])
+@pytest.mark.parametrize("tokenizer", [data.BPE.train(TEXTS, 300), data.WordPiece(VOCAB), CLIP, UNIGRAM],
+                         ids=["bpe", "wordpiece", "clip", "unigram"])
 def test_tokenizer_comes_back_from_its_state_in_a_checkpoint(tokenizer):
     file = io.BytesIO()
     torch.save(tokenizer.state(), file)
@@ -353,8 +509,8 @@ def test_tokenizer_comes_back_from_its_state_in_a_checkpoint(tokenizer):
 
 
 def test_unknown_kind_of_tokenizer_lists_the_known():
-    with pytest.raises(data.UserError, match="'unigram'; known: bpe, clip, wordpiece"):
-        data.tokenizer_from({"kind": "unigram"})
+    with pytest.raises(data.UserError, match="'sentencepiece'; known: bpe, clip, unigram, wordpiece"):
+        data.tokenizer_from({"kind": "sentencepiece"})
 
 
 def test_doctests_of_data(monkeypatch):

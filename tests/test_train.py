@@ -553,3 +553,46 @@ def test_a_missing_download_names_scratch(monkeypatch, pictures, tmp_path):
     with pytest.raises(SystemExit, match="cannot download .*; or train from random weights with --scratch"):
         train.main(["--data", str(pictures), "--config", "liteclip", "--cache", str(tmp_path),
                     "--out", str(tmp_path / "out")])
+
+
+# --- every model ---
+
+@pytest.mark.parametrize("name", ["clip", "prolip", "llip", "clips"])
+def test_a_model_trains_resumes_and_is_used(name, pictures, tmp_path, monkeypatch, capsys):
+    """From the first step to the last: what a run needs of a model, for the models that have no such test of their own."""
+    monkeypatch.chdir(tmp_path)
+    flags = arguments(pictures, tmp_path / "whole", "--model", name)
+    flags[flags.index("--epochs") + 1] = "2"
+    train.main(flags)
+    printed = capsys.readouterr().out
+    Model = train.MODELS[name]
+    rows = list(csv.DictReader(open(tmp_path / "whole" / "log.csv")))
+    terms = [float(rows[-1][term]) for term in getattr(Model, "terms", ())]
+    assert not terms or sum(terms) == pytest.approx(float(rows[-1]["loss"]), rel=1e-4)
+    assert f"| {name} tiny | " in printed and "an untrained model's loss is about" in printed
+    command = re.search(rf'use it:   python ({name}.py \S+) PICTURE "(.*)" "(.*)"', printed)
+
+    flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "halves")
+    stop_after(monkeypatch, 4)  # in the middle of the second epoch
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", str(tmp_path / "halves")])
+    assert_same_weights(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "halves" / "last.pt"))
+
+    capsys.readouterr()
+    train.main(["--eval", "whole/best.pt"])
+    assert f"| {name} tiny | " in capsys.readouterr().out
+    train.main(["--search", "whole/best.pt", str(pictures), "a red star", "--cache", str(tmp_path / "cache")])
+    first = capsys.readouterr().out.splitlines()[0]
+    train.main(["--search", "whole/best.pt", str(pictures), "a red star", "--cache", str(tmp_path / "cache")])
+    assert capsys.readouterr().out.splitlines()[0] == first  # with the features that were kept
+    script, checkpoint = command[1].split()
+    labels = command.group(2, 3)
+    result = subprocess.run([sys.executable, str(ROOT / script), checkpoint, str(pictures / "0.png"), *labels],
+                            capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    shares = [float(share) for share in re.findall(r"(\d+\.\d)%", result.stdout)]
+    assert sum(shares) == pytest.approx(100, abs=0.2) and all(label in result.stdout for label in labels)
