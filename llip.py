@@ -66,8 +66,7 @@ class Config:
     embed_dim: int = 512
     activation: str = "quick_gelu"
     head_start: bool = False         # for fresh small towers: see the function of that name
-    logit_scale: float = math.log(1 / 0.07)  # at birth, as the next
-    logit_bias: float = -10.0
+    logit_bias: float = -10.0        # at birth
     mixture_tokens: int = 64
     mixing_heads: int = 8
     temperature: float = 5.0         # divides the scores in the mixture's softmax: the larger, the flatter
@@ -346,7 +345,7 @@ class Llip(nn.Module):
         if config.head_start:
             head_start(self.image_encoder, config.image_size // config.patch_size)
         # train.py keeps the scale at most at ln 100. The bias begins low, as nearly all pairs are wrong ones.
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and spread of CLIP's own training pictures.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
@@ -595,8 +594,7 @@ CONFIGS = {
                            mixing_norm=True),                             # 2,813,561,090
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
                    vocab_size=1024, end_id=2, context_length=64, text_width=128, text_layers=2, text_heads=4,
-                   text_mlp=512, embed_dim=128, head_start=True, logit_scale=math.log(30), mixture_tokens=16,
-                   mixing_heads=4),
+                   text_mlp=512, embed_dim=128, head_start=True, mixture_tokens=16, mixing_heads=4),
 }
 
 

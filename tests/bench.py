@@ -6,6 +6,7 @@
                                       # (needs: pip install open_clip_torch)
     python tests/bench.py prolip      # the pairwise loss against the published formula: time and peak memory
     python tests/bench.py llip        # the loss over mixtures, likewise
+    python tests/bench.py clips       # what the captioner costs
     python tests/bench.py shapes      # drawing 10,000 pictures
     python tests/bench.py tokens      # training the tokenizer and encoding with it
 """
@@ -15,6 +16,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip  # noqa: E402
+import clips  # noqa: E402
 import data  # noqa: E402
 import liteclip  # noqa: E402
 import llip  # noqa: E402
@@ -230,6 +233,31 @@ def loss_of(model):
               f"differs by {difference:.1e}")
 
 
+def clips_step():
+    """What CLIPS's captioner costs: a training step with it and without, in bf16 autocast."""
+    for size, batch in (("tiny", 64), ("vit-l-14-224", 4)):
+        functions, torch_device = {}, torch.device("cpu")
+        for name, layers in (("towers alone", 0), ("with the captioner", clips.CONFIGS[size].caption_layers)):
+            config = replace(clips.CONFIGS[size], caption_layers=layers)
+            model = clips.CLIPS(config).train()
+            images = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8)
+            texts = torch.randint(4, 500, (3, batch, config.context_length))
+            targets = torch.randint(4, 500, (batch, config.caption_length))
+            targets[:, config.caption_length * 2 // 3:] = config.pad_id
+            optimizer = train.make_optimizer(model, 0.05)
+
+            def step(model=model, optimizer=optimizer, images=images, texts=texts, targets=targets):
+                with train.autocast(torch_device, "bf16"):
+                    loss = model(images, texts[0], texts[1], targets)["loss"]
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            functions[name] = step
+        medians, _ = in_turns(functions, turns=5 if size == "tiny" else 2)
+        share = 1 - medians["towers alone"] / medians["with the captioner"]
+        print(f"{size}, batch {batch}: {medians['with the captioner']:.2f} s a step, {share:.0%} of it the captioner's")
+
+
 def shapes(n=10_000):
     def draw():
         for i in range(n):
@@ -246,7 +274,7 @@ def tokens():
 
 
 if __name__ == "__main__":
-    commands = {"step": step, "clip": clip_step, "shapes": shapes, "tokens": tokens,
+    commands = {"step": step, "clip": clip_step, "clips": clips_step, "shapes": shapes, "tokens": tokens,
                 **{model: functools.partial(loss_of, model) for model in LOSSES}}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)

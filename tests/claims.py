@@ -142,6 +142,16 @@ def prolip_tables(models, scenes):
         note("image: % more uncertain with half of it hidden (chance 50)", 100 * (covered[:, 3] > covered[:, 0]).mean())
         note("image: Spearman's rho of share hidden and uncertainty (1: in order)", spearman(HIDDEN, covered).mean())
 
+        images = torch.from_numpy(np.stack([data.draw(scene, size) for scene in scenes])).permute(0, 3, 1, 2)
+        patches = (size // model.config.patch_size) ** 2
+        kept = torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i)) for i in range(len(keys))])
+        with torch.no_grad():
+            dropped = np.stack([model.encode_image(images, kept[:, :n].sort(dim=1).values).uncertainty.numpy()
+                                for n in (patches, patches * 3 // 4, patches // 2, patches // 4)], axis=1)
+        for left, column in zip(("all", "3/4", "1/2", "1/4"), dropped.T):
+            note(f"image: mean uncertainty, {left} of its patches given", column.mean())
+        note("image: Spearman's rho of patches left out and uncertainty (1: in order)", spearman(range(4), dropped).mean())
+
         # --- inclusion ---
         def repeat(features):
             return prolip.Gaussian(*(x.repeat_interleave(4, dim=0) for x in features))
@@ -151,7 +161,6 @@ def prolip_tables(models, scenes):
         test = prolip.inclusion_test(repeat(pictures), texts).sum(dim=-1).view(-1, 4)
         note("inclusion: % where the picture is more in rung 1 than in rung 4", 100 * (test[:, 0] > test[:, 3])
              .float().mean())
-        images = torch.from_numpy(np.stack([data.draw(scene, size) for scene in scenes])).permute(0, 3, 1, 2)
         model.config = replace(model.config, masked_share=1.0)  # of every sample a masked copy
         batch = model.text_batch([data.Sample([ladder[3]]) for ladder in ladders], list(map(random.Random, keys)),
                                  tokenizer)

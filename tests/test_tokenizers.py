@@ -1,4 +1,4 @@
-"""The tokenizers: the published ids of WordPiece, CLIP and ProLIP, hand-worked cases, a slow BPE, all spellings."""
+"""The tokenizers: published ids of WordPiece, CLIP, ProLIP and CLIPS, hand-worked cases, a slow BPE, all spellings."""
 import collections
 import doctest
 import gzip
@@ -38,6 +38,18 @@ def test_golden_token_ids_of_bert_wordpiece():
     wrong = [text for text, ids in zip(golden["texts"], golden["bert"], strict=True)
              if [tokenizer.start_id, *tokenizer.encode(text)[:126], tokenizer.end_id] != ids]
     assert wrong == []
+
+
+def test_golden_token_ids_of_clips_wordpiece():
+    if "VOCAB" not in os.environ:
+        pytest.skip("set VOCAB to the folder with bert-base-uncased-vocab.txt to compare with the published token ids")
+    golden = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
+    path = Path(os.environ["VOCAB"]) / "bert-base-uncased-vocab.txt"
+    tokenizer, plain = data.read_vocabulary("wordpiece-clips", path), data.read_vocabulary("wordpiece", path)
+    rows = [[1, *tokenizer.encode(text)[:77], 2] for text in golden["texts"]]
+    rows = [row + [0] * (79 - len(row)) + [101] for row in rows]
+    assert len(rows) > 60 and [row for row, ids in zip(rows, golden["clips"], strict=True) if row != ids] == []
+    assert any(tokenizer.encode(text) != plain.encode(text) for text in golden["texts"])  # the cleaning is felt
 
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "!", "cafe", "##s", "dog", "'", "s",
@@ -82,6 +94,17 @@ def test_cased_wordpiece_keeps_case_and_accents():
     tokenizer = data.WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "Dog", "é"], lower=False)
     assert tokenizer.encode("Dog dog é É") == [4, 1, 5, 1]
     assert data.tokenizer_from(tokenizer.state()).encode("Dog dog é É") == [4, 1, 5, 1]
+
+
+def test_wordpiece_of_clips_cleans_before_all_else(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB, ""]), encoding="utf-8")
+    tokenizer, plain = (data.read_vocabulary(kind, tmp_path / "vocab.txt") for kind in ("wordpiece-clips", "wordpiece"))
+    for text, pieces in (("ＤＯＧ’s", "dog ' s"), ("caf&eacute;s&#33;", "cafe ##s !"), ("[S&#69;P] dog", "[SEP] dog")):
+        again = data.tokenizer_from(tokenizer.state())
+        assert [VOCAB[i] for i in tokenizer.encode(text)] == pieces.split() == [VOCAB[i] for i in again.encode(text)]
+        assert plain.encode(text) != tokenizer.encode(text) and not plain.state()["clean"]
+        older = {key: value for key, value in plain.state().items() if key != "clean"}  # as it was once
+        assert data.tokenizer_from(older).encode(text) == plain.encode(text)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -374,6 +397,7 @@ UNIGRAM = data.Unigram(PIECES)
     (unicodedata.normalize("NFD", "가"), "▁ 가"),
     ("<unk> </s> <pad>", "▁ <unk> ▁ s ▁ <unk> a <unk>"),  # these are no marks in a text, only letters
     ("ａ＿ｂ", "▁a ▁b"),                      # full width
+    ("a\ufe63b", "▁a <unk> b"),               # a small hyphen is no ASCII punctuation until NFKC makes it so, too late
     ("b\u00b4a", "▁b ▁ <unk> a"),            # NFKC makes of an acute a space with an accent above
     ("a▁b", "▁a ▁b"),                        # the sign for a space, spelled out
     ("▁", "▁"),
@@ -403,14 +427,18 @@ def test_unigram_finds_the_best_of_all_spellings(letters, seed):
     known = letters.replace("x", "")
     longer = {"".join(rng.choices("▁" + known, k=rng.randrange(1, 5))) for _ in range(25)}
     longer = {piece for piece in longer if "▁" not in piece[1:]}
-    vocabulary = {piece: -rng.uniform(1, 12) for piece in sorted({"▁", *rng.sample(known, 2), *longer})}
+    # multiples of 1/1024, so that sums are exact and those that ought to be equal are
+    vocabulary = {piece: -rng.randrange(1024, 12 * 1024) / 1024
+                  for piece in sorted({"▁", *rng.sample(known, 2), *longer})}
     tokenizer = data.Unigram([["<pad>", 0], ["</s>", 0], ["<unk>", 0], *vocabulary.items()])
     scores = vocabulary | {None: min(vocabulary.values()) - 10}
+
+    def goodness(pieces):  # of several with the same sum, the one with the longest last piece, and so on
+        return sum(scores[piece] for piece in pieces), [len(piece or "x") for piece in pieces[::-1]]
     for _ in range(150):
         word = "".join(rng.choices(letters, k=rng.randrange(1, 8)))
-        best = max(spellings("▁" + word, vocabulary), key=lambda pieces: sum(scores[piece] for piece in pieces))
         merged = []
-        for piece in best:
+        for piece in max(spellings("▁" + word, vocabulary), key=goodness):
             if piece or merged[-1:] != ["<unk>"]:
                 merged.append(piece or "<unk>")
         assert [tokenizer.pieces[i][0] for i in tokenizer.encode(word)] == merged, word
@@ -422,6 +450,13 @@ def test_unigram_of_equal_sums_takes_the_longest_last_piece():
         tokenizer = data.Unigram([["<pad>", 0], ["</s>", 0], ["<unk>", 0], *scores])
         assert [tokenizer.pieces[i][0] for i in tokenizer.encode("dog")] == ["▁", "dog"]  # -7; and so has ▁do g
         assert [tokenizer.pieces[i][0] for i in tokenizer.encode("bab")] == ["▁b", "ab"]  # -10; and so has ▁b a b
+
+
+@pytest.mark.parametrize("score, pieces", [(-10.5, "▁ a bc"), (-11.5, "▁ ab <unk>")])
+def test_unigram_an_unknown_character_costs_ten_more_than_the_rarest_piece(score, pieces):
+    tokenizer = data.Unigram([["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["▁", -1], ["a", -20], ["ab", -1], ["bc", score]])
+    # -1 - 20 + score, or -1 - 1 - 30
+    assert [tokenizer.pieces[i][0] for i in tokenizer.encode("abc")] == pieces.split()
 
 
 def test_unigram_pieces_are_found_however_long():
@@ -449,6 +484,7 @@ def test_unigram_gives_cleaned_text_of_known_letters_back():
 @pytest.mark.parametrize("text, clean", [
     ("A Girl, dancing!", "a girl dancing"), ("it's \u201cit\u2019s\u201d", "its its"), ("x_y__z", "x y z"),
     ("#1 (50%) a+b=c", "1 50 abc"), ("ÉÀ Straße İ", "éà straße i\u0307"), ("&eacute;&amp;amp; &copy;", "é ©"),
+    ("<b> &amp;eacute; &amp;amp;eacute;", "b é eacute"),  # with tags: entities twice, and no more
     ("a\u00a0b\u3000c\u2028d", "a b c d"), ("naïve—dash «q» ¿", "naïve—dash «q» ¿"),  # ASCII punctuation alone goes
     ("ﬁ Ａ½", "fi a½"),
 ])
@@ -466,7 +502,8 @@ def test_unigram_reads_its_file(tmp_path):
         content = tokenizer_json(unk_id=0, vocab=pieces, **more)
         (tmp_path / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         tokenizer = data.Unigram.from_file(tmp_path / "tokenizer.json")
-        assert tokenizer.encode("aba") == [2, 3, 0, 3] and len(tokenizer) == 4 and tokenizer.unk_id == 0
+        for one in (tokenizer, data.tokenizer_from(tokenizer.state())):
+            assert one.encode("aba") == [2, 3, 0, 3] and len(one) == 4 and one.unk_id == 0
 
 
 @pytest.mark.parametrize("content, message", [
@@ -496,8 +533,9 @@ def test_wrong_unigram_file_is_named_as_such(tmp_path, content, message):
 
 # === all =============================================================================================================
 
-@pytest.mark.parametrize("tokenizer", [data.BPE.train(TEXTS, 300), data.WordPiece(VOCAB), CLIP, UNIGRAM],
-                         ids=["bpe", "wordpiece", "clip", "unigram"])
+@pytest.mark.parametrize("tokenizer", [data.BPE.train(TEXTS, 300), data.WordPiece(VOCAB), CLIP, UNIGRAM,
+                                       data.WordPiece(VOCAB, clean=True)],
+                         ids=["bpe", "wordpiece", "clip", "unigram", "wordpiece-clips"])
 def test_tokenizer_comes_back_from_its_state_in_a_checkpoint(tokenizer):
     file = io.BytesIO()
     torch.save(tokenizer.state(), file)
