@@ -11,7 +11,6 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -81,7 +80,7 @@ def report(title, found):
 
 # === ProLIP ==========================================================================================================
 
-HIDDEN = (0.0, 0.125, 0.25, 0.5, 0.75)  # shares of a picture that are covered
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of a picture or of a text that is hidden
 # Three prompts that fit and three that do not, or not quite: what re-weighting should tell apart.
 PROMPTS = ("a {}", "a picture of a {}", "there is a {}", "a {} above a {}", "exactly three shapes: a {} and two moons",
            "on a checkered background, a {}")
@@ -92,65 +91,58 @@ def inside(first, second):
     return (prolip.inclusion_test(first, second) - prolip.inclusion_test(second, first)).sum(dim=-1) > 0
 
 
-def load_with_ladders(language, split, size, cache, seed, load=data.load_shapes):
-    """As data.load_shapes, but training pictures have their four captions from general to exact besides the five."""
-    found = load(language, split, size, cache, seed)
-    if split == "train":
-        for i, sample in enumerate(found.samples):
-            sample.captions += data.ladder(data.make_scene(f"{seed}/{split}/{i}"), language)
-    return found
-
-
 def prolip_claims(seeds, out, scenes=500):
-    """Twice: as `python train.py --model prolip` trains it, on captions that all say something, and on general ones too."""
-    for ladders in (False, True):
-        with mock.patch.object(data, "load_shapes", load_with_ladders if ladders else data.load_shapes):
-            models = {seed: trained("prolip", seed, "-ladders" if ladders else "") for seed in seeds}
-        found = prolip_tables(models, scenes)
-        what = "captions from general to exact" if ladders else "the usual captions"
-        report(f"ProLIP tiny, trained on {what}, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
-    draw_prolip(out / "prolip.png", *models[seeds[0]], [data.make_scene(f"0/test/{i}") for i in range(scenes)])
-
-
-def prolip_tables(models, scenes):
     keys = [f"0/test/{i}" for i in range(scenes)]
     scenes = [data.make_scene(key) for key in keys]
     found, note = table()
     split, task = data.load("shapes", "test", 32), data.load_zero_shot("shapes", 32)
-    for seed, (model, tokenizer) in models.items():
+    for seed in seeds:
+        model, tokenizer = trained("prolip", seed)
         size = model.config.image_size
         scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
         for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
             note(f"{what}, %", scores[key])
         pictures = encode_pictures(model, np.stack([data.draw(scene, size) for scene in scenes]))
 
-        # --- captions from general to exact ---
+        # --- captions: from general to exact, by length, and with words masked ---
         ladders = [data.ladder(scene) for scene in scenes]
         texts = encode_texts(model, tokenizer, [text for ladder in ladders for text in ladder])
         uncertainty = texts.uncertainty.view(-1, 4).numpy()
         for rung in range(4):
             note(f"text: mean uncertainty, rung {rung + 1} of 4", uncertainty[:, rung].mean())
         note("text: % of ladders wholly in order (chance 4.2)", 100 * (np.diff(uncertainty) < 0).all(axis=1).mean())
-        note("text: % of steps down a ladder (chance 50)", 100 * (np.diff(uncertainty) < 0).mean())
+        note("text: % of rungs 2 to 4 in order (chance 16.7)",
+             100 * (np.diff(uncertainty[:, 1:]) < 0).all(axis=1).mean())
         note("text: Spearman's rho of rung and uncertainty (-1: in order)", spearman(range(4), uncertainty).mean())
+        captions = [caption for sample in split.samples for caption in sample.captions]
+        spread = encode_texts(model, tokenizer, captions).uncertainty.numpy()
+        note("text: rho of a caption's number of words and uncertainty (-1: in order)",
+             spearman([len(caption.split()) for caption in captions], spread))
+        tokens = model.tokenize([ladder[3] for ladder in ladders], tokenizer)
+        words = (tokens != model.config.pad_id) & (tokens != model.config.end_id)
+        draws = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            masked = np.stack([model.encode_text(tokens.masked_fill(words & (draws < share), model.config.mask_id))
+                               .uncertainty.numpy() for share in SHARES], axis=1)  # (captions, shares)
+        for share, column in zip(SHARES, masked.T):
+            note(f"text: mean uncertainty, {share:.0%} of the words of rung 4 masked", column.mean())
+        note("text: rho of words masked and uncertainty (1: in order)", spearman(SHARES, masked).mean())
 
-        # --- pictures with hidden parts ---
-        covered = np.stack([encode_pictures(model, np.stack([data.draw(scene, size, hidden) for scene in scenes]))
-                            .uncertainty.numpy() for hidden in HIDDEN], axis=1)  # (scenes, shares)
-        for hidden, column in zip(HIDDEN, covered.T):
-            note(f"image: mean uncertainty, {hidden:.1%} hidden", column.mean())
-        note("image: % more uncertain with half of it hidden (chance 50)", 100 * (covered[:, 3] > covered[:, 0]).mean())
-        note("image: Spearman's rho of share hidden and uncertainty (1: in order)", spearman(HIDDEN, covered).mean())
-
+        # --- pictures: with patches left out, as in training, and with gray tiles over them ---
         images = torch.from_numpy(np.stack([data.draw(scene, size) for scene in scenes])).permute(0, 3, 1, 2)
         patches = (size // model.config.patch_size) ** 2
-        kept = torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i)) for i in range(len(keys))])
+        order = torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i))
+                             for i in range(len(scenes))])
         with torch.no_grad():
-            dropped = np.stack([model.encode_image(images, kept[:, :n].sort(dim=1).values).uncertainty.numpy()
-                                for n in (patches, patches * 3 // 4, patches // 2, patches // 4)], axis=1)
-        for left, column in zip(("all", "3/4", "1/2", "1/4"), dropped.T):
-            note(f"image: mean uncertainty, {left} of its patches given", column.mean())
-        note("image: Spearman's rho of patches left out and uncertainty (1: in order)", spearman(range(4), dropped).mean())
+            without = np.stack([
+                model.encode_image(images, order[:, :patches - int(share * patches)].sort(dim=1).values)
+                .uncertainty.numpy() for share in SHARES], axis=1)  # (scenes, shares)
+        covered = np.stack([encode_pictures(model, np.stack([data.draw(scene, size, share) for scene in scenes]))
+                            .uncertainty.numpy() for share in SHARES], axis=1)
+        for what, columns in (("left out", without), ("under gray tiles", covered)):
+            for share, column in zip(SHARES, columns.T):
+                note(f"image: mean uncertainty, {share:.0%} of it {what}", column.mean())
+            note(f"image: rho of the share {what} and uncertainty (1: in order)", spearman(SHARES, columns).mean())
 
         # --- inclusion ---
         def repeat(features):
@@ -173,7 +165,9 @@ def prolip_tables(models, scenes):
 
         for name, value in prompt_accuracy(model, tokenizer, seed).items():
             note(name, value)
-    return found
+        if seed == seeds[0]:
+            draw_prolip(out / "prolip.png", model, tokenizer, scenes)
+    report(f"ProLIP tiny on shapes, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
 
 
 def prompt_accuracy(model, tokenizer, seed, shots=5):
@@ -202,18 +196,29 @@ def prompt_accuracy(model, tokenizer, seed, shots=5):
             "prompts: weight of the three that fit, % (alike: 50)": 100 * torch.stack(good).mean()}
 
 
+def left_out(model, scene, count):
+    """A scene with more and more patches left out -> (scene, numbers of these patches, uncertainty) for each."""
+    grid = model.config.image_size // model.config.patch_size
+    order = random.Random(0).sample(range(grid ** 2), grid ** 2)
+    picture = torch.from_numpy(data.draw(scene, model.config.image_size)).permute(2, 0, 1)[None]
+    found = []
+    for i in range(count):
+        hidden = order[:i * grid ** 2 // (count + 1)]
+        keep = torch.tensor([[patch for patch in range(grid ** 2) if patch not in hidden]])
+        with torch.no_grad():
+            found.append((scene, hidden, model.encode_image(picture, keep).uncertainty[0]))
+    return found
+
+
 def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
-    """The most and the least certain pictures and captions, and what hiding parts of a picture does."""
-    size = model.config.image_size
+    """The most and the least certain pictures and captions, and what leaving out parts of a picture does."""
+    size, grid = model.config.image_size, model.config.image_size // model.config.patch_size
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
     uncertainty = encode_pictures(model, np.stack([data.draw(scene, size) for scene in scenes])).uncertainty
     order = uncertainty.argsort().tolist()
-    rows = [("most certain pictures", [(scenes[i], 0.0, uncertainty[i]) for i in order[:count]]),
-            ("least certain pictures", [(scenes[i], 0.0, uncertainty[i]) for i in order[-count:]])]
-    scene = scenes[order[len(order) // 2]]
-    shares = [i / 8 for i in range(count)]
-    hidden = encode_pictures(model, np.stack([data.draw(scene, size, share) for share in shares])).uncertainty
-    rows.append(("one picture, more and more of it hidden", [(scene, s, u) for s, u in zip(shares, hidden)]))
+    rows = [("most certain pictures", [(scenes[i], [], uncertainty[i]) for i in order[:count]]),
+            ("least certain pictures", [(scenes[i], [], uncertainty[i]) for i in order[-count:]])]
+    rows.append(("one picture, with patches left out", left_out(model, scenes[order[len(order) // 2]], count)))
     width = count * (side + gap) + gap
     captions = sorted({caption for scene in scenes for caption in [*data.captions(scene), *data.ladder(scene)]})
     spread = encode_texts(model, tokenizer, captions).uncertainty
@@ -224,9 +229,12 @@ def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
     pen, y = ImageDraw.Draw(sheet), gap
     for title, row in rows:
         pen.text((gap, y), title, fill="black", font=font)
-        for column, (scene, share, value) in enumerate(row):
+        for column, (scene, hidden, value) in enumerate(row):
             x = gap + column * (side + gap)
-            sheet.paste(Image.fromarray(data.draw(scene, side, share)), (x, y + 22))
+            sheet.paste(Image.fromarray(data.draw(scene, side)), (x, y + 22))
+            for patch in hidden:
+                left, top = x + patch % grid * side // grid, y + 22 + patch // grid * side // grid
+                pen.rectangle((left, top, left + side // grid, top + side // grid), fill="white")
             pen.text((x, y + 24 + side), f"{value:.4f}", fill="gray", font=small)
         y += side + 54
     longest = spread.max().item()

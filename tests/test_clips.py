@@ -368,9 +368,10 @@ def slow_contrast(image, text, scale):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weight", [2.0, 0.7])
-def test_every_term_equals_a_slow_loop(weight):
-    model, batch, calls = lively(**{} if weight == 2 else {"caption_weight": weight}), some_batch(3, 8, 1, 2), []
+@pytest.mark.parametrize("changes, weight, pad_id", [({}, 2, 0), (dict(caption_weight=0.7, pad_id=9), 0.7, 9)])
+def test_every_term_equals_a_slow_loop(changes, weight, pad_id):
+    model, batch, calls = lively(**changes), some_batch(3, 8, 1, 2), []
+    batch["targets"][batch["targets"] == 0] = pad_id
     image, web, sub = (encode(batch[name]) for encode, name in (
         (model.encode_image, "images"), (model.encode_text, "tokens"), (model.encode_text, "sub_tokens")))
     states = model.captioner(model.image_states(batch["images"])[1], model.text_states(batch["tokens"])[1])
@@ -379,7 +380,7 @@ def test_every_term_equals_a_slow_loop(weight):
     losses, scale = model(**batch), model.logit_scale.exp().item()
     assert calls == [(4, 3, 24, 24), (8, 12)]  # texts of both kinds in one call
     halves = slow_contrast(image, web, scale), slow_contrast(image, sub, scale)
-    said = slow_caption_loss(states, model.captioner.head.weight, batch["targets"], 0)
+    said = slow_caption_loss(states, model.captioner.head.weight, batch["targets"], pad_id)
     assert set(losses) == {"loss", *CLIPS.terms} and abs(halves[0] - halves[1]) > 1e-2
     assert losses["contrastive"].item() == pytest.approx(sum(halves) / 2, rel=1e-11)
     assert losses["captioning"].item() == pytest.approx(weight * said, rel=1e-11)
