@@ -249,7 +249,7 @@ def full_precision(x):
 
 def mixing_weights(keys, query, temperature):
     """What each text takes from each image: keys (I, M, K, d), query (T, M, d) -> (I, M, K, T), 1 in sum over K."""
-    return (keys @ query.permute(1, 2, 0) / temperature).softmax(dim=2)  # no 1 / sqrt(d)
+    return (torch.einsum("imkd,tmd->imkt", keys, query) / temperature).softmax(dim=2)  # no 1 / sqrt(d)
 
 
 def cosines(keys, values, query, target, out_proj, temperature):
@@ -266,7 +266,7 @@ def cosines(keys, values, query, target, out_proj, temperature):
     w = torch.einsum("imkd,mde->imke", values, out_proj.unflatten(0, (keys.shape[1], -1))).flatten(1, 2)  # (I, M K, E)
     product = (weights * (w @ target.T)).sum(dim=1)  # (I, T)
     square = (weights * (w @ w.transpose(1, 2) @ weights)).sum(dim=1)
-    return product / square.clamp(min=1e-12).sqrt()
+    return (product / square.clamp(min=1e-12).sqrt()).clamp(-1, 1)  # where values cancel, rounding is all that is left
 
 
 def mixtures(images, texts, out_proj, temperature):
@@ -284,19 +284,20 @@ class MixtureLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, temperature, first, *inputs):
         keys, values, query, target, out_proj, scale, bias = inputs
-        size = max(1, CHUNK[keys.device.type] // (keys[0, :, :, 0].numel() * len(query)))
-        total, grads = 0.0, [torch.zeros_like(x) for x in inputs]
+        size, wanted = chunk(keys, query), any(ctx.needs_input_grad)
+        total, grads = 0.0, [torch.zeros_like(x) for x in inputs] if wanted else []
         for i in range(0, len(keys), size):
             rows = slice(i, i + size)
             with torch.enable_grad():
-                part = [x.detach().requires_grad_() for x in (keys[rows], values[rows], *inputs[2:])]
+                part = [x.detach().requires_grad_(wanted) for x in (keys[rows], values[rows], *inputs[2:])]
                 logits = part[5] * cosines(*part[:5], temperature) + part[6]  # (i, W B)
                 own = torch.arange(first + i, first + i + len(logits), device=logits.device)
                 y = torch.full_like(logits, -1.0).scatter_(1, own[:, None], 1.0)
                 loss = -F.logsigmoid(y * logits).sum() / len(keys)
-            for grad, new in zip([grads[0][rows], grads[1][rows], *grads[2:]], torch.autograd.grad(loss, part)):
-                grad += new
             total = total + loss.detach()
+            if wanted:
+                for grad, new in zip([grads[0][rows], grads[1][rows], *grads[2:]], torch.autograd.grad(loss, part)):
+                    grad += new
         ctx.save_for_backward(*grads)
         return total
 
@@ -305,7 +306,13 @@ class MixtureLoss(torch.autograd.Function):
         return None, None, *(grad * saved for saved in ctx.saved_tensors)
 
 
-CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 26, "mps": 2 ** 24}  # weights at a time: as many as stay in a CPU's cache
+CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 26}  # weights at a time: as many as stay in a CPU's cache
+
+
+def chunk(keys, query):
+    """How many images to compare at a time with all these texts."""
+    I, M, K, d = keys.shape
+    return max(1, CHUNK.get(keys.device.type, 2 ** 24) // max(1, M * K * len(query)))
 
 
 def mixture_loss(images, texts, out_proj, scale, bias, temperature):
@@ -377,10 +384,10 @@ class Llip(nn.Module):
 
         In chunks of images, so that memory goes with the gallery, not with the table times K.
         """
-        temperature = temperature or self.temperature
+        temperature = self.temperature if temperature is None else temperature
         with full_precision(self.out_proj):
             keys, values, query, target = map(upcast, (*image_features, *text_features))
-            size = max(1, CHUNK[keys.device.type] // (keys[0, :, :, 0].numel() * len(query)))
+            size = chunk(keys, query)
             return torch.cat([cosines(k, v, query, target, upcast(self.out_proj), temperature)
                               for k, v in zip(keys.split(size), values.split(size))])
 
@@ -393,7 +400,7 @@ class Llip(nn.Module):
 
     def chance_loss(self, batch):
         """The loss at birth, when every pair's logit is about logit_bias."""
-        bias = torch.tensor(self.config.logit_bias)
+        bias = torch.tensor(float(self.config.logit_bias))
         return (F.softplus(-bias) + (batch - 1) * F.softplus(bias)).item()
 
     @staticmethod
@@ -437,10 +444,11 @@ class Llip(nn.Module):
         Config with another image_size than the file's is fine: the table of positions is resized, with a warning.
         """
         source, config = find_source(source, config, cls, cache)
-        state = arrange(rename(read_state(source)))
-        if "image_encoder.class_embedding" in state and "image_encoder.ln_pre.weight" in state:  # (D,) if K is 1
-            width = len(state["image_encoder.ln_pre.weight"])
-            state["image_encoder.class_embedding"] = state["image_encoder.class_embedding"].view(-1, width)
+        state = rename(read_state(source))
+        name, tokens = "image_encoder.class_embedding", state.get("image_encoder.class_embedding", torch.empty(0))
+        state = arrange(state)
+        if name in state:  # a row for each token, where the other models have one vector; (D,) in some files if K is 1
+            state[name] = tokens.reshape(-1, tokens.shape[-1])
         fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
         model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
         try:

@@ -439,7 +439,7 @@ class ProLIP(nn.Module):
 
     def chance_loss(self, batch):
         """The loss at birth, when every pair's logit is about logit_bias."""
-        bias = torch.tensor(self.config.logit_bias)
+        bias = torch.tensor(float(self.config.logit_bias))
         return (F.softplus(-bias) + (batch - 1) * F.softplus(bias)).item()
 
     @staticmethod

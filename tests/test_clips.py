@@ -556,12 +556,14 @@ def test_the_captioner_learns_a_batch_by_heart():
 
 
 def test_a_caption_ends_at_the_first_end_and_has_no_padding():
-    model = small(pad_id=9)
+    model, read = small(pad_id=9), []
     model.captioner.forward = lambda image_states, text_states: F.one_hot(torch.tensor(
         [[4, 9, 5, 2, 6, 2], [2, 4, 5, 6, 7, 8], [4, 5, 6, 9, 7, 9], [9, 9, 1, 0, 9, 4]]), 24).float()
     with torch.no_grad():
         model.captioner.head.weight.copy_(torch.eye(50, 24))
+    model.text_encoder.register_forward_hook(lambda module, args, output: read.append(args[0].tolist()))
     assert model.caption(some_images(4), Letters()) == ["ab", "", "abcd", "<1><0>a"]
+    assert read == [[[1, 2, *[9] * 9, 3]] * 4]  # an empty text, where none is given
 
 
 # --- weights in the hub's form ---
@@ -707,49 +709,37 @@ def test_resized_positions_equal_pillows(old, new):
 
 # --- in use ---
 
-@pytest.fixture
-def loaded(monkeypatch):
-    """Where train.load would be: a small model, and a picture whatever the path."""
-    model, picture = lively().float(), some_images(1)[0]
-    found = SimpleNamespace(model=model, picture=picture, scores={})
-    monkeypatch.setitem(sys.modules, "train", SimpleNamespace(load=lambda path: (model, Letters(), lambda _: picture)))
+@pytest.mark.parametrize("captioner", [True, False])
+def test_the_pipeline_and_the_command(captioner, monkeypatch, capsys):
+    """Labels by the softmax of scaled cosines, and what the model says; a small model in place of train.load's."""
+    model, picture, cosines = lively().float(), some_images(1)[0], {}
+    says = "says: " + model.caption(picture[None], Letters())[0]
+    model.captioner = model.captioner if captioner else None
     with torch.no_grad():
-        image = model.encode_image(picture[None])
+        image, scale = model.encode_image(picture[None]), model.logit_scale.exp().item()
         for label in ("a cat", "a dog", "x"):  # each text by itself
             row = [1, *Letters().encode(label), 2]
-            text = model.encode_text(torch.tensor([row + [0] * (11 - len(row)) + [3]]))
-            found.scores[label] = float((image * text).sum())
-    whole = sum(math.exp(cosine * model.logit_scale.exp().item()) for cosine in found.scores.values())
-    found.shares = {label: math.exp(cosine * model.logit_scale.exp().item()) / whole
-                    for label, cosine in found.scores.items()}
-    return found
+            cosines[label] = float((image * model.encode_text(torch.tensor([row + [0] * (11 - len(row)) + [3]]))).sum())
+    whole = sum(math.exp(scale * cosine) for cosine in cosines.values())
+    shares = {label: math.exp(scale * cosines[label]) / whole for label in sorted(cosines, key=cosines.get)[::-1]}
 
-
-def test_the_pipeline_ranks_labels_by_the_softmax_of_scaled_cosines(loaded):
-    pipeline, labels = clips.ZeroShotPipeline("best.pt"), list(loaded.scores)
-    best = sorted(labels, key=loaded.scores.get, reverse=True)
-    found = pipeline.predict("cat.jpg", labels)
-    assert [label for label, _ in found] == best
-    assert [p for _, p in found] == pytest.approx([loaded.shares[label] for label in best], rel=1e-3)
-    assert pipeline.predict("cat.jpg", labels, top_k=1) == found[:1]
+    monkeypatch.setitem(sys.modules, "train", SimpleNamespace(load=lambda path: (model, Letters(), lambda _: picture)))
+    pipeline = clips.ZeroShotPipeline("best.pt")
+    found = pipeline.predict("cat.jpg", list(cosines))
+    assert [label for label, _ in found] == list(shares) and dict(found) == pytest.approx(shares, rel=1e-3)
+    assert pipeline.predict("cat.jpg", list(cosines), top_k=1) == found[:1]
     for wrong in ("a cat", ["a cat"], []):
         with pytest.raises(ValueError, match="two or more"):
             pipeline.predict("cat.jpg", wrong)
 
-
-@pytest.mark.parametrize("captioner", [True, False])
-def test_the_command_prints_probabilities_and_what_the_model_says(loaded, captioner, monkeypatch, capsys):
-    says = "says: " + loaded.model.caption(loaded.picture[None], Letters())[0]
-    loaded.model.captioner = loaded.model.captioner if captioner else None
-    monkeypatch.setattr(sys, "argv", ["clips.py", "best.pt", "cat.jpg", *loaded.scores])
+    monkeypatch.setattr(sys, "argv", ["clips.py", "best.pt", "cat.jpg", *cosines])
     runpy.run_path(clips.__file__, run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert lines[3:] == [says] * captioner and len(says) > 8
-    assert [line.split("  ")[-1] for line in lines[:3]] == sorted(loaded.scores, key=loaded.scores.get, reverse=True)
-    for line in lines[:3]:
-        label = line.split("  ")[-1]
-        assert float(re.search(r"([\d.]+)%", line)[1]) == pytest.approx(100 * loaded.shares[label], abs=0.1)
-        assert float(re.search(r"cosine ([-+][\d.]+)", line)[1]) == pytest.approx(loaded.scores[label], abs=1e-3)
+    for line, label in zip(lines[:3], shares, strict=True):
+        share, cosine, last = re.fullmatch(r" *([\d.]+)%  cosine ([-+][\d.]+)  (.*)", line).groups()
+        assert last == label and float(share) == pytest.approx(100 * shares[label], abs=0.1)
+        assert float(cosine) == pytest.approx(cosines[label], abs=1e-3)
     monkeypatch.setattr(sys, "argv", ["clips.py", "best.pt", "cat.jpg", "a cat"])
     with pytest.raises(SystemExit, match="usage: python clips.py .*two or more"):
         runpy.run_path(clips.__file__, run_name="__main__")

@@ -132,7 +132,7 @@ def test_at_its_limits_temperature_takes_the_mean_or_the_best_token():
 
 
 def test_it_is_no_similarity_of_single_vectors():
-    """Products of vectors of E numbers make a table of rank E at most; and for one target, either image can be nearer."""
+    """Products of vectors of E numbers have rank E at most; and for one target, either image can be the nearer one."""
     features = some_features(7, 7, M=1, K=4, d=2)
     assert torch.linalg.matrix_rank(cosines(*features, 0.5), atol=1e-6) == 7
     assert torch.linalg.matrix_rank(cosines(*features, 1e15), atol=1e-6) == 2  # the mean of the tokens
@@ -236,7 +236,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_neither_mixtures_nor_all_weights_are_held(monkeypatch):
-    """64 images and texts, 2 heads of 8 tokens, E = 96: of the size of mixtures, (I, T, E), is nothing."""
+    """64 images and texts, 2 heads of 8 tokens, E = 96: nothing is as large as mixtures, (I, T, E), would be."""
     def largest(form):
         leaves = [x.requires_grad_() for x in some_features(64, 64, M=2, K=8, d=48)]
         with Largest() as mode:
@@ -493,8 +493,8 @@ FORMATS = {  # what becomes of the names, and of the state dict in published nam
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", ["llip", "llip_norm"])
 def test_every_format_gives_the_published_features(tmp_path, form, name):
-    (reference, config), (called, packed) = golden(name), FORMATS[form]
-    torch.save(packed({called(n): value for n, value in reference["state_dict"].items()}), tmp_path / "weights.pt")
+    (reference, config), (called, wrapped) = golden(name), FORMATS[form]
+    torch.save(wrapped({called(n): value for n, value in reference["state_dict"].items()}), tmp_path / "weights.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_features(Llip.from_pretrained(tmp_path / "weights.pt", config), reference)

@@ -939,11 +939,11 @@ def test_a_folder_of_the_hub_tells_its_sizes(tmp_path, few_sizes):
 
 
 def test_what_config_json_leaves_out_has_open_clips_values(tmp_path):
-    (tmp_path / "config.json").write_text('{"embed_dim": 640, "vision_cfg": {"width": 640, "layers": 3, "head_width": '
-                                          '80, "mlp_ratio": 3.5}, "text_cfg": {"mlp_ratio": 2}, "quick_gelu": true}')
+    (tmp_path / "config.json").write_text('{"embed_dim": 640, "vision_cfg": {"width": 1152, "layers": 3, "head_width": '
+                                          '72, "mlp_ratio": 3.7362}, "text_cfg": {"mlp_ratio": 2}, "quick_gelu": true}')
     found = prolip.read_config(tmp_path / "config.json")
-    assert found == Config(image_size=224, patch_size=16, image_width=640, image_layers=3, image_heads=8,
-                           image_mlp=2240, vocab_size=49408, context_length=77, text_width=512, text_layers=12,
+    assert found == Config(image_size=224, patch_size=16, image_width=1152, image_layers=3, image_heads=16,
+                           image_mlp=4304, vocab_size=49408, context_length=77, text_width=512, text_layers=12,
                            text_heads=8, text_mlp=1024, text_eps=1e-5, embed_dim=640, activation="quick_gelu")
 
 
