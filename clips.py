@@ -407,14 +407,16 @@ class CLIPS(nn.Module):
             web_tokens = self.tokenize([""] * len(images), tokenizer).to(images.device)
         states = self.captioner(self.image_states(images)[1], self.text_states(web_tokens)[1])
         texts = []
-        for ids in self.captioner.head(states).argmax(dim=-1).tolist():  # every slot at once: none waits for a word
+        logits = self.captioner.head(states)[..., :len(tokenizer)]  # published tables are larger than the vocabulary
+        for ids in logits.argmax(dim=-1).tolist():  # every slot at once: none waits for another's word
             end = ids.index(self.config.end_id) if self.config.end_id in ids else len(ids)
             texts.append(tokenizer.decode([i for i in ids[:end] if i != self.config.pad_id]))
         return texts
 
     def chance_loss(self, batch):
-        """The loss of features that are all alike; an untrained model's is a little above."""
-        return math.log(batch)
+        """The loss of features that are all alike, and of slots that know nothing; an untrained model's is above."""
+        captioning = 0.0 if self.captioner is None else math.log(self.config.vocab_size)
+        return math.log(batch) + self.config.caption_weight * captioning
 
     @staticmethod
     def normalize(x):
@@ -455,7 +457,8 @@ class CLIPS(nn.Module):
         for i, (sample, rng) in enumerate(zip(samples, rngs)):
             captions = rng.sample(sample.captions, len(sample.captions))
             web.append(tokenizer.encode(sample.web or captions[0]))
-            synthetic = sample.long or " ".join(text.rstrip(" .") + "." for text in captions[1:] or captions)
+            others = captions if sample.web else captions[1:] or captions
+            synthetic = sample.long or " ".join(text.rstrip(" .") + "." for text in others)
             sub.append(shorten(synthetic, tokenizer.encode, config.shorten, rng,
                                config.shorten_to or config.context_length - 3))
             row = [*tokenizer.encode(synthetic), config.end_id][:config.caption_length]
@@ -479,7 +482,8 @@ class CLIPS(nn.Module):
         fits = None if isinstance(config, cls.Config) else fitting_config(state, Towers)
         named = find_config(config or fits or next(iter(sizes(cls))), cls)
         model = cls(named if isinstance(config, cls.Config) else replace(named, caption_layers=0))
-        fresh = {name: value for name, value in model.state_dict().items() if name.startswith("captioner.")}
+        fresh = {name: value for name, value in model.state_dict().items() if name.startswith("captioner.")
+                 and not any(given.startswith("captioner.") for given in state)}
         try:
             load_strictly(model, fresh | (resize_positions(state, model) if config else state))
         except ValueError as error:

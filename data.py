@@ -974,13 +974,14 @@ class BPE:
 
     Text is lower-cased and split into words, each with the space before it; a word is its UTF-8 bytes; then the pair of
     neighbours that was most frequent in training becomes one symbol, and so on, in the order training found them.
-    Ids: 0 pad, 1 start, 2 end, 3 mask, 4 to 259 the bytes, then the merges.
+    Ids: 0 pad, 1 start, 2 end, 3 mask (or class), 4 to 259 the bytes, then the merges.
 
     >>> t = BPE.train(["low lower lowest"] * 9, vocab_size=264)    # four merges: ' l', 'ow', ' low', ' lowe'
     >>> [t.decode([i]) for i in t.encode("Lowest slow")], t.encode("low")
     (['lowe', 's', 't', '', 's', 'l', 'ow'], [262])
     """
     pad_id, start_id, end_id, mask_id, first_byte = 0, 1, 2, 3, 4
+    class_id = 3  # no model wants both
 
     def __init__(self, merges):
         self.merges = [tuple(pair) for pair in merges]

@@ -457,7 +457,7 @@ def make_model(args, Model, config, recipe, texts):
             raise UserError(f"{error}\nDelete what is wrong, of {paths}, to download it again; or use "
                             "--scratch") from None
     tokenizer = data.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
-    special = {name: getattr(tokenizer, name) for name in ("pad_id", "start_id", "end_id", "mask_id")
+    special = {name: getattr(tokenizer, name) for name in ("pad_id", "start_id", "end_id", "mask_id", "class_id")
                if hasattr(config, name)}
     return Model(replace(config, vocab_size=len(tokenizer), **special)), tokenizer
 

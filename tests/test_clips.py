@@ -82,6 +82,9 @@ class Letters:
     def encode(self, text):
         return [4 + self.known.index(c) for c in text]
 
+    def __len__(self):
+        return 4 + len(self.known)
+
     def decode(self, ids):
         return "".join(self.known[i - 4] if i > 3 else f"<{i}>" for i in ids)
 
@@ -407,7 +410,9 @@ def test_the_values_at_birth():
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(**batch)
     assert model.logit_scale.item() == pytest.approx(2.6592, abs=1e-4)
-    assert model.chance_loss(16) == math.log(16) < losses["contrastive"] < math.log(16) + 3
+    assert math.log(16) < losses["contrastive"] < math.log(16) + 3
+    chance = math.log(16) + 2 * math.log(model.config.vocab_size)
+    assert model.chance_loss(16) == pytest.approx(chance) and chance < losses["loss"] < chance + 6
     assert losses["captioning"].item() == pytest.approx(2 * math.log(500), abs=1)
     for name in losses:
         assert rough[name].dtype == torch.float32
