@@ -3,34 +3,37 @@
 Lavoie et al., "Modeling Caption Diversity in Contrastive Vision-Language Pretraining", arXiv 2405.00740 (ICML 2024).
 
 The idea: a photograph has many true captions, one about the dog, one about the weather, and a single image feature has
-to lie near all of them. Let the ViT end in K features, and let the caption choose among them what it speaks of; what it
-has chosen is compared with it.
+to lie near all of them. Let the ViT end in K features, and let each caption weigh them into one: with that one it is
+compared.
 
-    image    k_n, v_n = h_n Wk_n, h_n Wv_n     K mixture tokens, each with matrices of its own              (B, M, K, d)
-    text     q, t                              a query and a target, both from the end-of-text state   (B, M, d), (B, E)
-    mixture  z_ij = concat_m [ sum_n softmax_n(k_n . q / tau) v_n ] Wo     of image i for text j, in M heads (B, B, E)
+    image    k_n, v_n = h_n Wk_n, h_n Wv_n     for each of K mixture tokens, whose last state is h_n        (B, M, K, d)
+    text     q, t                              query and target, from the end-of-text state      (B, M, d), (B, E)
+    mixture  z_ij = concat_m [ sum_n softmax_n(k_imn . q_jm / tau) v_imn ] Wo      of image i for text j       (B, B, E)
     logits   s_ij = exp(logit_scale) * z_ij/|z_ij| . t_j/|t_j| + logit_bias                                     (B, B)
     loss     sum over all pairs of -ln sigmoid(y_ij s_ij) / B,    y = 1 on the diagonal, else -1
 
-The sigmoid loss (SigLIP's) asks of each pair by itself; a softmax over captions would compare different features of an
-image, as every caption mixes its own. For wrong captions, too: each is given its best chance, and must fail.
+Wk_n and Wv_n are matrices of the token's own, Wo is out_proj, tau the temperature. The loss is SigLIP's: each pair is
+judged by itself. Wrong captions mix a feature of their own, too.
 
 Shapes: B batch, S image side, P patch side, N image tokens (K mixture tokens and patches), L text tokens, D width,
 H attention heads, E embedding, M mixing heads, d = E / M, K mixture tokens, I images, T texts, W processes.
 
 How to read it: beside clip.py. What is new are the mixture tokens in ImageEncoder, the query in TextEncoder, and the
-section "new in Llip", where the (B, B, E) mixtures are compared without being built. What follows the model is for when
+section "new in Llip"; after it, the same without building the (B, B, E) mixtures. What follows the model is for when
 you need it: published weights, sizes, recipes.
 
 It computes what the published code computes (tests/golden holds the values). What differs:
-  - mixtures are never built, see `cosines`: the same numbers, in a third of the time and a tenth of the memory;
+  - mixtures are never built, see `mixture_cosines`: the same numbers, three times as fast and in a tenth of the memory
+    (batch 256, K = 32, E = 512, on a CPU: python tests/bench.py llip);
   - the state of a text is taken at the first end-of-text id, `end_id`, and not at the largest id; and it need not be
     padded: attention is causal, so nothing behind the end of a text can change its feature;
   - a class scores the mean similarity of its prompts, as in the other files; published: one mixture for the mean query;
   - on several processes everybody holds all queries and targets, in the place of a ring exchange: the same sum;
-  - the tiny size begins with `head_start`.
+  - training: AdamW's second beta is .98 (there .95), and a batch is what your machine holds (there 32,768); the tiny
+    size begins with `head_start`.
 
     python train.py --model llip                                       # the tiny one on generated pictures: 6 minutes
+    python train.py --model llip --config vit-b-16-k32 --data flickr8k # goes on from the released weights
     python llip.py runs/llip-shapes/best.pt photo.png "a red star" "a blue circle"
     python tests/claims.py llip                                        # the paper's claims, on shapes
 """
@@ -173,9 +176,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A causal transformer: tokens (B, L) with `end_id` in every row -> query (B, M, d), target (B, E).
 
-    Both from the state at the first `end_id`.
-
-    Only there has it read the whole text. Nothing after it has any influence: padding may be any id and any length.
+    Both from the state at the first `end_id`: only there has it read the whole text. Nothing after it has any
+    influence: padding may be any id and any length.
     """
     def __init__(self, config):
         super().__init__()
@@ -208,7 +210,7 @@ class TextEncoder(nn.Module):
         return self.q_norm(x @ self.q_proj).unflatten(1, (self.heads, -1)), x @ self.text_projection
 
 
-# --- the loss -------------------------------------------------------------------------------------------------------
+# --- over several processes, in full precision ----------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
@@ -245,55 +247,70 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# --- new in Llip: comparing mixtures ---------------------------------------------------------------------------------
+# --- new in Llip ----------------------------------------------------------------------------------------------------
 
 def mixing_weights(keys, query, temperature):
-    """What each text takes from each image: keys (I, M, K, d), query (T, M, d) -> (I, M, K, T), 1 in sum over K."""
+    """What each text takes from each image: keys (I, M, K, d), query (T, M, d) -> (I, M, K, T), summing to 1 over K."""
     return (torch.einsum("imkd,tmd->imkt", keys, query) / temperature).softmax(dim=2)  # no 1 / sqrt(d)
 
 
-def cosines(keys, values, query, target, out_proj, temperature):
-    """The cosine of each image's mixture for each text with that text: (I, T).
-
-    keys, values: (I, M, K, d); query: (T, M, d); target: (T, E) of length 1; out_proj: (E, E).
-    In principle: z = mixtures(...), (I, T, E), and the cosine of z_ij and t_j. But z_ij is linear in the weights a_ij,
-    and each value v can be sent through its head's rows of out_proj first, w = v Wo_m. Then, for a pair's M K weights,
-        z_ij . t_j = sum a w_i . t_j         which is a product like that of keys and query, and
-        |z_ij|^2   = a_ij^T G_i a_ij         with G_i = w_i w_i^T, the image's own table of products, (M K, M K).
-    The texts cost a row of M K numbers each and no mixture of E; it pays as long as M K is not much more than E.
-    """
-    weights = mixing_weights(keys, query, temperature).flatten(1, 2)  # (I, M K, T)
-    w = torch.einsum("imkd,mde->imke", values, out_proj.unflatten(0, (keys.shape[1], -1))).flatten(1, 2)  # (I, M K, E)
-    product = (weights * (w @ target.T)).sum(dim=1)  # (I, T)
-    square = (weights * (w @ w.transpose(1, 2) @ weights)).sum(dim=1)
-    return (product / square.clamp(min=1e-12).sqrt()).clamp(-1, 1)  # where values cancel, rounding is all that is left
-
-
 def mixtures(images, texts, out_proj, temperature):
-    """The mixtures themselves, not normalised, (I, T, E): for pictures and tests, and to see what `cosines` saves."""
+    """Each image as each text sees it: Mixture of I, Query of T -> (I, T, E), not normalised. For small numbers."""
     weights = mixing_weights(images.keys, texts.query, temperature)
     return torch.einsum("imkt,imkd->itmd", weights, images.values).flatten(2) @ out_proj
 
 
+def sigmoid_loss(cosines, first, scale, bias):
+    """A yes or no for every pair of I images and T texts: is this its caption? Summed over all pairs.
+
+    cosines: (I, T); the caption of image i is text first + i.
+    """
+    own = torch.arange(first, first + len(cosines), device=cosines.device)
+    y = torch.full_like(cosines, -1.0).scatter_(1, own[:, None], 1.0)
+    return -F.logsigmoid(y * (scale * cosines + bias)).sum()
+
+
+# --- the same, without building the mixtures ------------------------------------------------------------------------
+
+def mixture_cosines(keys, values, query, target, out_proj, temperature):
+    """The cosine of each image's mixture for each text with that text: (I, T).
+
+    keys, values: (I, M, K, d); query: (T, M, d); target: (T, E) of length 1; out_proj Wo: (E, E).
+    z_ij is linear in its M K weights a, of head m and token n: z_ij = sum_mn a_mn v_mn Wo_m, Wo_m the head's d rows. So
+        z_ij . t_j = sum_mn a_mn (v_mn . Wo_m t_j)    costs what keys times queries cost, and
+        |z_ij|^2   = a^T G a                          with G = (v_mn Wo_m) . (v_pl Wo_p), a table for each image,
+    which pays while M K < E and there are more than a few dozen texts.
+    """
+    weights = mixing_weights(keys, query, temperature)  # (I, M, K, T)
+    heads = keys.shape[1]
+    aimed = torch.einsum("te,mde->tmd", target, out_proj.unflatten(0, (heads, -1)))  # targets, seen through each head
+    product = (weights * torch.einsum("imkd,tmd->imkt", values, aimed)).sum(dim=(1, 2))  # (I, T)
+    between = (out_proj @ out_proj.T).unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # Wo_m Wo_p^T: (M, d, M, d)
+    G = torch.einsum("imkd,mdpf,iplf->imkpl", values, between, values).flatten(3).flatten(1, 2)  # (I, M K, M K)
+    weights = weights.flatten(1, 2)
+    square = (weights * (G @ weights)).sum(dim=1)
+    return (product / square.clamp(min=1e-12).sqrt()).clamp(-1, 1)  # where values cancel, rounding is all that is left
+
+
 class MixtureLoss(torch.autograd.Function):
-    """The sigmoid loss over mixtures, with its gradient computed on the way, a few images at a time.
+    """sigmoid_loss of mixture_cosines, with its gradient computed on the way, a few images at a time.
 
     Autograd would keep the (I, M K, T) weights of all images for the backward pass. The loss is a sum over images, so
-    the gradient of one chunk can be had at once, and be all that is kept.
+    the gradient of one chunk can be had at once, and be all that is kept. (Recomputing each chunk in the backward pass
+    would be less code, and take twice as long.)
     """
     @staticmethod
-    def forward(ctx, temperature, first, *inputs):
-        keys, values, query, target, out_proj, scale, bias = inputs
-        size, wanted = chunk(keys, query), any(ctx.needs_input_grad)
+    def forward(ctx, wanted, temperature, first, *inputs):
+        keys, values, query = inputs[:3]
+        size = chunk(keys, query)
         total, grads = 0.0, [torch.zeros_like(x) for x in inputs] if wanted else []
         for i in range(0, len(keys), size):
             rows = slice(i, i + size)
             with torch.enable_grad():
                 part = [x.detach().requires_grad_(wanted) for x in (keys[rows], values[rows], *inputs[2:])]
-                logits = part[5] * cosines(*part[:5], temperature) + part[6]  # (i, W B)
-                own = torch.arange(first + i, first + i + len(logits), device=logits.device)
-                y = torch.full_like(logits, -1.0).scatter_(1, own[:, None], 1.0)
-                loss = -F.logsigmoid(y * logits).sum() / len(keys)
+                *features, scale, bias = part
+                cosines = mixture_cosines(*features, temperature)
+                loss = sigmoid_loss(cosines, first + i, scale, bias) / len(keys)
             total = total + loss.detach()
             if wanted:
                 for grad, new in zip([grads[0][rows], grads[1][rows], *grads[2:]], torch.autograd.grad(loss, part)):
@@ -302,32 +319,33 @@ class MixtureLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return None, None, *(grad * saved for saved in ctx.saved_tensors)
+        return None, None, None, *(grad * saved for saved in ctx.saved_tensors)
 
 
-CHUNK = {"cpu": 2 ** 19, "cuda": 2 ** 26}  # weights at a time: as many as stay in a CPU's cache
+CHUNK = {"cpu": 2 ** 22, "cuda": 2 ** 26}  # numbers in a chunk's largest tables: 16 MiB on a CPU, 256 MiB on a GPU
 
 
 def chunk(keys, query):
     """How many images to compare at a time with all these texts."""
     I, M, K, d = keys.shape
-    return max(1, CHUNK.get(keys.device.type, 2 ** 24) // max(1, M * K * len(query)))
+    return max(1, CHUNK.get(keys.device.type, 2 ** 24) // (M * K * (len(query) + M * d + M * K)))
 
 
-def mixture_loss(images, texts, out_proj, scale, bias, temperature):
-    """Is this the caption of that image? Asked of every pair, of the mixture that the caption makes of the image.
+def mixture_loss(image_features, text_features, out_proj, scale, bias, temperature):
+    """The loss of Llip over the global batch.
 
-    images: Mixture, texts: Query, row i of one belongs to row i of the other; scale: exp(logit_scale).
+    image_features: Mixture, text_features: Query, row i of one belongs to row i of the other; scale: exp(logit_scale).
     Local images against the texts of all W processes; the sum over pairs is divided by B, not by the number of pairs.
-    Never negative; at birth about 10, as b = -10 is wrong of B pairs. In fp32: half types lose 1e-3 to 1e-2 of a
-    cosine.
+    Never negative; about 10 at the start, as a bias of -10 calls all B true pairs wrong, at a cost of 10 each.
+    In fp32: half types lose 1e-3 to 1e-2 of a cosine.
     """
     with full_precision(out_proj):
-        keys, values, query, target = map(upcast, (*images, *texts))
-        first = dist.get_rank() * len(keys) if dist.is_initialized() else 0  # where our texts begin
-        return MixtureLoss.apply(temperature, first, keys, values, gather(query), gather(target), upcast(out_proj),
-                                 scale, bias)
+        keys, values, query, target = map(upcast, (*image_features, *text_features))
+        first = dist.get_rank() * len(keys) if dist.is_initialized() else 0  # where our columns begin
+        return MixtureLoss.apply(torch.is_grad_enabled(), temperature, first, keys, values, gather(query),
+                                 gather(target), upcast(out_proj), scale, bias)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -337,7 +355,7 @@ class Llip(nn.Module):
 
     train.py needs `Config`, `example_labels` (for its closing hint), `chance_loss`, `tokenize`, `text_batch` and
     `forward`; everybody else `encode_image`, `encode_text`, `similarity` and `from_pretrained`.
-    `temperature` may be changed at any time, as the paper's evaluation does.
+    `temperature` may be changed at any time, as the published evaluation does.
     """
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"
@@ -351,7 +369,9 @@ class Llip(nn.Module):
         self.out_proj = nn.Parameter(config.embed_dim ** -0.5 * torch.randn(config.embed_dim, config.embed_dim))
         if config.head_start:
             head_start(self.image_encoder, config.image_size // config.patch_size)
-        # train.py keeps the scale at most at ln 100. The bias begins low, as nearly all pairs are wrong ones.
+        # A cosine lies in [-1, 1]; to be sure of anything a larger range is needed, and how large is learned. As an
+        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100. The bias begins
+        # low, as nearly all pairs are wrong ones.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and spread of CLIP's own training pictures.
@@ -388,7 +408,7 @@ class Llip(nn.Module):
         with full_precision(self.out_proj):
             keys, values, query, target = map(upcast, (*image_features, *text_features))
             size = chunk(keys, query)
-            return torch.cat([cosines(k, v, query, target, upcast(self.out_proj), temperature)
+            return torch.cat([mixture_cosines(k, v, query, target, upcast(self.out_proj), temperature)
                               for k, v in zip(keys.split(size), values.split(size))])
 
     def forward(self, images, tokens):
@@ -644,7 +664,7 @@ PUBLISHED = {  # name: its files (address, SHA-256, of which none is published f
     for name, file in (("vit-b-16-k32", "llip_b16_k32"), ("vit-g-14-k64", "llip_G14_k64"))}
 
 # What train.py uses unless told otherwise. `files`: what to start from; `scratch`: what differs with --scratch, which
-# starts from nothing (for the published sizes the paper's values).
+# starts from nothing (learning rate and weight decay are the paper's).
 RECIPES = {
     **{name: dict(batch=64, epochs=32, lr=4e-4 if config.image_width > 768 else 5e-4, image_lr=1.0, weight_decay=0.2,
                   warmup=0.1) for name, config in CONFIGS.items()},

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import llip
-from llip import CONFIGS, PUBLISHED, Config, Llip, Mixture, Query, cosines, mixing_weights, mixture_loss, mixtures
+from llip import (CONFIGS, PUBLISHED, Config, Llip, Mixture, Query, mixing_weights, mixture_cosines, mixture_loss,
+                  mixtures)
 from test_golden import build_llip
 
 HERE = Path(__file__).parent
@@ -64,7 +65,7 @@ def some_images(n, size=24):
 
 
 def some_features(images, texts, M=3, K=5, d=4):
-    """What `cosines` takes: keys, values, query, target and out_proj, in float64."""
+    """What `mixture_cosines` takes: keys, values, query, target and out_proj, in float64."""
     generator = torch.Generator().manual_seed(0)
     shapes = (images, M, K, d), (images, M, K, d), (texts, M, d), (texts, M * d), (M * d, M * d)
     features = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
@@ -113,14 +114,14 @@ def test_weights_mixtures_and_cosines_equal_a_slow_loop(temperature):
     torch.testing.assert_close(found, weights, rtol=0, atol=1e-13)
     torch.testing.assert_close(mixtures(*packed(*features), temperature), mixed, rtol=0, atol=1e-12)
     for length in (1e-5, 1, 1000):  # of which a cosine knows nothing
-        found = cosines(keys, length * values, query, *rest, temperature)
+        found = mixture_cosines(keys, length * values, query, *rest, temperature)
         torch.testing.assert_close(found, cosine, rtol=0, atol=1e-12)
 
 
 def test_at_its_limits_temperature_takes_the_mean_or_the_best_token():
     keys, values, query, target, out_proj = features = some_features(4, 6)
     mean = F.normalize(values.mean(dim=2).flatten(1) @ out_proj, dim=-1) @ target.T
-    torch.testing.assert_close(cosines(*features, 1e12), mean, rtol=0, atol=1e-11)
+    torch.testing.assert_close(mixture_cosines(*features, 1e12), mean, rtol=0, atol=1e-11)
     best, chosen = torch.zeros(4, 6, dtype=torch.float64), set()
     for i, j in itertools.product(range(4), range(6)):
         tokens = [max(range(5), key=lambda n: keys[i, m, n] @ query[j, m]) for m in range(3)]
@@ -128,17 +129,18 @@ def test_at_its_limits_temperature_takes_the_mean_or_the_best_token():
         z = torch.cat([values[i, m, n] for m, n in enumerate(tokens)]) @ out_proj
         best[i, j] = z @ target[j] / z.norm()
     assert len(chosen) > 10  # heads choose by themselves
-    torch.testing.assert_close(cosines(*features, 1e-4), best, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixture_cosines(*features, 1e-4), best, rtol=0, atol=1e-12)
 
 
 def test_it_is_no_similarity_of_single_vectors():
     """Products of vectors of E numbers have rank E at most; and for one target, either image can be the nearer one."""
     features = some_features(7, 7, M=1, K=4, d=2)
-    assert torch.linalg.matrix_rank(cosines(*features, 0.5), atol=1e-6) == 7
-    assert torch.linalg.matrix_rank(cosines(*features, 1e15), atol=1e-6) == 2  # the mean of the tokens
+    assert torch.linalg.matrix_rank(mixture_cosines(*features, 0.5), atol=1e-6) == 7
+    assert torch.linalg.matrix_rank(mixture_cosines(*features, 1e15), atol=1e-6) == 2  # the mean of the tokens
     ahead = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     values = torch.stack([ahead, -ahead])[:, None]  # what one image has first, the other has last
-    table = cosines(torch.eye(2).expand(2, 1, 2, 2), values, 3 * torch.eye(2)[:, None], ahead[[0, 0]], torch.eye(2), 1)
+    keys, queries = torch.eye(2).expand(2, 1, 2, 2), 3 * torch.eye(2)[:, None]
+    table = mixture_cosines(keys, values, queries, ahead[[0, 0]], torch.eye(2), 1)
     torch.testing.assert_close(table, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
 
 
@@ -157,14 +159,15 @@ def plain_loss(images, texts, out_proj, scale, bias, temperature):
 def sizes(monkeypatch):
     """How many images are compared at a time."""
     found = []
-    monkeypatch.setattr(llip, "cosines", lambda keys, *rest: found.append(len(keys)) or cosines(keys, *rest))
+    monkeypatch.setattr(llip, "mixture_cosines",
+                        lambda keys, *rest: found.append(len(keys)) or mixture_cosines(keys, *rest))
     return found
 
 
-@pytest.mark.parametrize("chunk, expected", [(1, [1] * 7), (3 * 105 + 104, [3, 3, 1]), (2 ** 19, [7])])
+@pytest.mark.parametrize("chunk, expected", [(1, [1] * 7), (3 * 510 + 509, [3, 3, 1]), (2 ** 19, [7])])
 def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, sizes, chunk, expected):
     inputs = [*some_features(7, 7), torch.tensor(2.5).double(), torch.tensor(-1.5).double()]
-    monkeypatch.setitem(llip.CHUNK, "cpu", chunk)  # 3 heads, 5 tokens and 7 texts: 105 weights for an image
+    monkeypatch.setitem(llip.CHUNK, "cpu", chunk)  # 3 heads of 5 tokens, 7 texts, E 12: 15 x (7 + 12 + 15) an image
     results = []
     for form in (mixture_loss, plain_loss):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -243,7 +246,7 @@ def test_neither_mixtures_nor_all_weights_are_held(monkeypatch):
             form(*packed(*leaves), torch.tensor(2.0), torch.tensor(-1.0), 1.0).backward()
         return mode.numel
     assert largest(plain_loss) == 64 * 64 * 96
-    assert largest(mixture_loss) == 64 * 16 * 96  # values behind out_proj
+    assert largest(mixture_loss) == 64 * 16 * 96  # values, seen from each head
     monkeypatch.setitem(llip.CHUNK, "cpu", 1)
     assert largest(mixture_loss) == 64 * 8 * 96  # gradients of keys and values; a table of weights has 64 * 16 * 64
 
@@ -254,7 +257,7 @@ GRADIENTS = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import llip
-llip.CHUNK["cpu"] = 2 * 3 * 5 * 6  # two images at a time, then the third
+llip.CHUNK["cpu"] = 2 * 15 * (6 + 12 + 15)  # two images at a time, then the third
 rank = int(sys.argv[2])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
 content = torch.load("batch.pt", weights_only=True)
@@ -404,7 +407,7 @@ def test_similarity_is_the_same_in_chunks_and_at_any_temperature(monkeypatch, si
     model.out_proj.data = out_proj
     tables = {temperature: slow(*features, out_proj, temperature)[2] for temperature in (0.5, 2.0)}
     with torch.no_grad():
-        for chunk in (1, 3 * 60 + 59, 2 ** 19):
+        for chunk in (1, 3 * 465 + 464, 2 ** 19):  # 15 x (4 + 12 + 15) an image
             monkeypatch.setitem(llip.CHUNK, "cpu", chunk)
             for found, temperature in ((model.similarity(images, texts, 0.5), 0.5),
                                        (model.similarity(images, texts), 2.0)):  # SMALL's
