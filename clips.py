@@ -242,16 +242,17 @@ def contrastive_loss(image_features, text_features, scale):
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
 
-def mean_of_all(values):
-    """Values (n,) of this process, n as it happens to be -> their share in the mean over those of all W processes.
+def mean_of_all(values, counted):
+    """Values (n,), and which of them count, bool (n,) -> this process's part of their mean.
 
-    The sum over all processes is divided by their number in all, and times W, as DDP will average over processes.
+    n may differ among processes. The mean of the parts is that of all counted values: the sum here, times W as DDP
+    divides by it, over the count of all W processes.
     """
-    count, processes = torch.tensor(len(values), device=values.device), 1
+    count, processes = counted.sum(), 1
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(count)
         processes = dist.get_world_size()
-    return values.sum() * processes / count.clamp(min=1)
+    return (values * counted).sum() * processes / count.clamp(min=1)
 
 
 # --- new in CLIPS: what of a long caption is contrasted, and the captioner ------------------------------------------
@@ -315,9 +316,10 @@ def caption_loss(states, head, targets, pad_id):
     head is applied where there is a token: logits of all slots over a large vocabulary would be most of the memory.
     """
     real = targets != pad_id
+    states, targets = states[real], targets[real]
     with full_precision(states):
-        logits = F.linear(upcast(states[real]), upcast(head.weight))  # (tokens, V)
-        return mean_of_all(F.cross_entropy(logits, targets[real], reduction="none"))
+        logits = F.linear(upcast(states), upcast(head.weight))  # (tokens, V)
+        return mean_of_all(F.cross_entropy(logits, targets, reduction="none"), targets != pad_id)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

@@ -1,20 +1,24 @@
 """ProLIP: a Gaussian for each image and text, in the place of a point.
 
 Chun, Kim, Park, Yun, "Probabilistic Language-Image Pre-Training", arXiv 2410.18857 (ICLR 2025); and for long texts
-"LongProLIP", arXiv 2503.08048. The published code has no explanation; this file tries to be one.
+"LongProLIP", arXiv 2503.08048.
 
 The idea: "a shape" is true of a million pictures, "a large striped red star above a blue moon" of few. A point cannot
 say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how surely. Spread
-costs similarity, so a text stays as narrow as it can, and what fits many things has to be wide.
+lowers all similarities of a text. One that also fits other pictures of the batch is called wrong for them, and loses
+less by being wide; one that fits a single picture loses by it.
 
     image    mu, v = ViT(image)          [CLS] gives the mean; a second token, [UNC], gives v = ln sigma^2        (B, E)
     text     mu, v = Transformer(text)   the same, but that v is computed from the mean: see TextEncoder          (B, E)
     CSD      d_ij = mu_i . mu_j - 1/2 sum_e (sigma_ie^2 + sigma_je^2)     with means of length 1                  (B, B)
     loss     sum over all pairs of -ln sigmoid(y_ij (s d_ij + b)) / B,    y = 1 on the diagonal, else -1          (PPCL)
-             + alpha_1 inclusion(image in its text) + alpha_2 inclusion(original in its masked copy), for both
-             + beta KL to N(0, 1)                                                                                  (VIB)
+             + alpha_1 inclusion(image in its text)
+             + alpha_2 inclusion(original in its masked copy), for images and for texts
+             + beta KL to N(0, 1), for images and for texts                                                        (VIB)
 
-Inclusion: p1 lies in p2 where the integral of p1^2 p2 is larger than that of p1 p2^2. A caption leaves much open, so
+s = exp(logit_scale), b = logit_bias. CSD: closed-form sampled distance (here a similarity: larger is nearer), PPCL:
+probabilistic pairwise contrastive loss, VIB: variational information bottleneck. Inclusion: p1 lies in p2 where the
+integral of p1^2 p2 is larger than that of p1 p2^2; for Gaussians, where p2 is the wider. A caption leaves much open, so
 its picture should lie in it; an input with parts masked could have been many things, so the original should lie in it.
 
 Shapes: B batch, S image side, P patch side, N image tokens ([CLS], [UNC], patches), L text tokens, D width,
@@ -23,20 +27,24 @@ H attention heads, E embedding, W processes.
 How to read it: beside clip.py. Attention, MLP and Block are the same; the encoders have one more token and one more
 output; the losses are the paper. What follows the model is for when you need it: published weights, sizes, recipes.
 
-It computes what the published code computes (tests/golden holds the values). Where that departs from the paper:
+It computes what the published code computes (tests/golden holds the values). What in that is not as the paper or the
+mathematics would have it:
   - the inclusion test has twice the prefactor: see inclusion_test. With the published eps of -20 the means weigh
     nothing in it, and its loss compares variances alone;
   - the KL has v / 2 where a Gaussian's has v: see vib;
   - masked texts lose 75 % of their words, as in the paper, but masked images only 25 % of their patches;
-  - on W processes its ring exchange adds the terms other than PPCL W times, and asks for images to lie in the texts of
-    others too. Here every term means on W processes what it means on one.
+  - on W processes its ring exchange adds the terms other than PPCL W times, asks for images to lie in the texts of
+    others too, and compares masked texts with the originals of others.
 Where this file departs from the published code:
+  - every term means on W processes what it means on one;
   - which samples are masked, and how, is drawn for each sample by itself (there: one set of patches, for the first
     eighth of the batch), so that a batch stays the same however it is split;
   - log-variances are kept within +-30, far from all that they take (there: a term that explodes is dropped);
-  - the tiny size begins with `head_start`.
+  - training: AdamW's second beta is .98 (there .95), and a batch is what your machine holds (there 16,384); the tiny
+    size begins with `head_start`.
 
     python train.py --model prolip                                     # the tiny one on generated pictures: 6 minutes
+    python train.py --model prolip --config vit-b-16 --data flickr8k   # goes on from the released weights
     python prolip.py runs/prolip-shapes/best.pt photo.png "a red star" "some shapes"
     python tests/claims.py prolip                                      # the paper's claims, on shapes
 """
@@ -78,9 +86,9 @@ class Config:
     head_start: bool = False         # for fresh small towers: see the function of that name
     logit_bias: float = -10.0        # at birth
     log_var: float = -10.0           # at birth, in each dimension
-    image_in_text: float = 1e-7      # alpha_1
-    original_in_masked: float = 1e-3  # alpha_2
-    vib: float = 1e-4                # beta
+    image_in_text: float = 1e-7      # the weights of the loss: alpha_1,
+    original_in_masked: float = 1e-3  # alpha_2,
+    vib: float = 1e-4                # and beta
     inclusion_eps: float = -20.0
     inclusion_scale: float = 1000.0
     masked_share: float = 0.125      # of the samples of a batch
@@ -156,7 +164,7 @@ class Block(nn.Module):
 class ImageEncoder(nn.Module):
     """ViT: images (B, 3, S, S), normalised -> mean, log_var (B, E) each.
 
-    keep: (B, K) numbers of the patches that are looked at, or None for all of them.
+    keep: (B, K), indices of the patches to keep, or None for all.
     """
     def __init__(self, config):
         super().__init__()
@@ -217,7 +225,7 @@ class TextEncoder(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
         for head, bias in ((self.text_projection, 0.0), (self.text_uncertainty_projection, config.log_var)):
-            nn.init.normal_(head.weight, std=width ** -0.5)
+            nn.init.normal_(head.weight, std=head.in_features ** -0.5)
             nn.init.constant_(head.bias, bias)
 
     def forward(self, tokens):
@@ -231,9 +239,9 @@ class TextEncoder(nn.Module):
 
 
 def variance_head(head, x):
-    """ln sigma^2, in full precision: near -10, bf16 has steps of 1/16, which are 6 % of sigma^2."""
+    """ln sigma^2, out of an fp32 product: near -10, bf16 has steps of 1/16, which are 6 % of sigma^2."""
     with full_precision(x):
-        return head(upcast(x)).clamp(-30, 30)
+        return F.linear(upcast(x), upcast(head.weight), upcast(head.bias)).clamp(-30, 30)
 
 
 # --- the losses -----------------------------------------------------------------------------------------------------
@@ -273,16 +281,17 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def mean_of_all(values):
-    """Values (n,) of this process, n as it happens to be -> their share in the mean over those of all W processes.
+def mean_of_all(values, counted):
+    """Values (n,), and which of them count, bool (n,) -> this process's part of their mean.
 
-    The sum over all processes is divided by their number in all, and times W, as DDP will average over processes.
+    n may differ among processes. The mean of the parts is that of all counted values: the sum here, times W as DDP
+    divides by it, over the count of all W processes.
     """
-    count, processes = torch.tensor(len(values), device=values.device), 1
+    count, processes = counted.sum(), 1
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(count)
         processes = dist.get_world_size()
-    return values.sum() * processes / count.clamp(min=1)
+    return (values * counted).sum() * processes / count.clamp(min=1)
 
 
 # --- new in ProLIP: how near two Gaussians are, and whether one lies in the other ------------------------------------
@@ -294,7 +303,8 @@ def csd(one, other):
     E|x - y|^2 = 2 - 2 mu_x . mu_y + sum_e (sigma_x^2 + sigma_y^2). The variances are summed for each Gaussian before
     they meet, so nothing is larger than the table.
     """
-    return upcast(one.mean) @ upcast(other.mean).T - (one.uncertainty[:, None] + other.uncertainty) / 2
+    with full_precision(one.mean):
+        return upcast(one.mean) @ upcast(other.mean).T - (one.uncertainty[:, None] + other.uncertainty) / 2
 
 
 def pairwise_loss(image_features, text_features, scale, bias):
@@ -303,13 +313,14 @@ def pairwise_loss(image_features, text_features, scale, bias):
     image_features, text_features: Gaussians (B, E), row i of one belongs to row i of the other;
     scale: exp(logit_scale).
     Local images against the texts of all W processes; the sum over pairs is divided by B, not by the number of pairs.
-    With no variance it is SigLIP's sigmoid loss. Never negative; at birth about 10, as b = -10 is wrong of B pairs.
+    With no variance it is SigLIP's sigmoid loss. Never negative; about 10 at birth, as a bias of -10 calls all B true
+    pairs wrong, at a cost of 10 each.
     """
     with full_precision(image_features.mean):
-        # gather wants no more of a text than this: its mean and the sum of its variances
+        # of the texts of other processes no more is needed than their means and the sums of their variances
         means, variances = gather(upcast(text_features.mean)), gather(text_features.uncertainty)  # (W B, E), (W B,)
-        distance = (image_features.uncertainty[:, None] + variances) / 2
-        logits = scale * (upcast(image_features.mean) @ means.T - distance) + bias  # (B, W B)
+        spread = (image_features.uncertainty[:, None] + variances) / 2
+        logits = scale * (upcast(image_features.mean) @ means.T - spread) + bias  # (B, W B)
         first = dist.get_rank() * len(logits) if dist.is_initialized() else 0  # where our columns begin
         own = torch.arange(first, first + len(logits), device=logits.device)
         y = torch.full_like(logits, -1.0).scatter_(1, own[:, None], 1.0)
@@ -319,23 +330,25 @@ def pairwise_loss(image_features, text_features, scale, bias):
 def inclusion_test(first, second, eps=0.0):
     """ln of the integral of p1^2 p2, up to a constant: large where `first` lies within `second`. For each dimension.
 
-    first, second: Gaussians (..., E) -> (..., E). Against test(second, first), it tells which of the two is the wider.
+    first, second: Gaussians (..., E) -> (..., E). In each dimension test(first, second) - test(second, first) is
+    positive where `second` is the wider, at any eps and wherever the means lie: they change only by how much.
+    eps: 0 to ask a trained model, as in the published evaluation; -20 in training.
 
-    For Gaussians the integral is a Gaussian of mu1 - mu2 with variance sigma1^2 / 2 + sigma2^2, times the factors that
-    p1 and p2 begin with. Those are -v1 - v2 / 2 in logarithms; the published code has twice that, as if v were
-    ln sigma, and all published figures are made with it. `eps` is theirs, too: it scales 1 / sigma^2 by exp(eps), so
-    that at -20 the means no longer weigh anything. They form quotients of sums of exp(-v), which overflow for narrow
-    Gaussians; what stands here is the same, rearranged.
+    The integral has three factors; their logarithms are -v1 - v2 / 2, which p1 and p2 begin with; -1/2 ln a, where
+    a = 1 / sigma1^2 + 1 / (2 sigma2^2); and -(mu1 - mu2)^2 / (sigma1^2 + 2 sigma2^2). The published code has twice the
+    first, as if v were ln sigma, and the released weights were trained with it. `eps` is theirs, too: it scales every
+    1 / sigma^2 by exp(eps), so that at -20 the means weigh nothing. They form quotients of sums of exp(-v), which
+    overflow for narrow Gaussians; what stands here is the same, rearranged.
     """
     (mu1, v1), (mu2, v2) = first, second
-    spread = torch.logaddexp(-v1, -v2 - math.log(2)) + eps
-    return -2 * v1 - v2 - spread / 2 - math.exp(eps) * (mu1 - mu2) ** 2 / (v1.exp() + 2 * v2.exp())
+    log_a = torch.logaddexp(-v1, -v2 - math.log(2)) + eps
+    return -2 * v1 - v2 - log_a / 2 - math.exp(eps) * (mu1 - mu2) ** 2 / (v1.exp() + 2 * v2.exp())
 
 
 def inclusion_loss(first, second, eps=-20.0, scale=1000.0):
     """-ln sigmoid(scale * H), H = test(1 in 2) - test(2 in 1), mean over the dimensions: (B, E) twice -> (B,).
 
-    At a scale of 1000 a hinge: nothing where `second` is the wider one, linear where it is not.
+    At a scale of 1000 a hinge in each dimension: nothing where `second` is the wider one, linear where it is not.
     """
     with full_precision(first.mean):
         first, second = Gaussian(*map(upcast, first)), Gaussian(*map(upcast, second))
@@ -344,7 +357,7 @@ def inclusion_loss(first, second, eps=-20.0, scale=1000.0):
 
 
 def vib(features):
-    """KL from a standard normal, which keeps variances from vanishing; a Gaussian (B, E) -> the mean, a number.
+    """KL from a standard normal, which keeps variances from vanishing; Gaussian (B, E) -> the average over all, ().
 
     With v / 2, that is ln sigma, where the KL of a Gaussian has v = ln sigma^2: so the published code has it.
     """
@@ -358,9 +371,9 @@ def vib(features):
 class ProLIP(nn.Module):
     """Two encoders of Gaussians, and two learned numbers, logit_scale and logit_bias.
 
-    train.py needs `Config`, `terms` (what forward returns beside the loss, for its log), `example_labels`, `tokenize`,
-    `text_batch`, `forward` and `classify`; everybody else `encode_image`, `encode_text`, `similarity` and
-    `from_pretrained`.
+    train.py needs `Config`, `terms` (what forward returns beside the loss, for its log), `example_labels`,
+    `chance_loss`, `tokenize`, `text_batch`, `forward` and `classify`; everybody else `encode_image`, `encode_text`,
+    `similarity` and `from_pretrained`.
     """
     Config = Config
     terms = "ppcl", "image_in_text", "image_in_masked", "text_in_masked", "vib"
@@ -373,7 +386,9 @@ class ProLIP(nn.Module):
         self.text_encoder = TextEncoder(config)
         if config.head_start:
             head_start(self.image_encoder, config.image_size // config.patch_size)
-        # train.py keeps the scale at most at ln 100. The bias begins low, as nearly all pairs are wrong ones.
+        # A cosine lies in [-1, 1]; to be sure of anything a larger range is needed, and how large is learned. As an
+        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100. The bias begins
+        # low, as nearly all pairs are wrong ones.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and spread of CLIP's own training pictures.
@@ -383,7 +398,7 @@ class ProLIP(nn.Module):
     def encode_image(self, images, keep=None):
         """uint8 pixels, or floats already normalised, (B, 3, S, S), S = image_size -> Gaussian (B, E).
 
-        keep: (B, K), the patches to be looked at, or None for all.
+        keep: (B, K), indices of the patches to keep, or None for all.
         """
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
@@ -407,12 +422,10 @@ class ProLIP(nn.Module):
 
         The candidates' variances matter to a ranking; the query's is the same for all of them, and does no harm.
         """
-        with full_precision(image_features.mean):
-            return csd(image_features, text_features)
+        return csd(image_features, text_features)
 
     def classify(self, image_features, text_features):
-        """Gaussians (I, E), (T, E) -> cosines of the means (I, T), in fp32: as published for classes, where a label's
-        vagueness is no evidence against it."""
+        """Gaussians (I, E), (T, E) -> cosines of the means (I, T), in fp32: means alone, as published for classes."""
         with full_precision(image_features.mean):
             return upcast(image_features.mean) @ upcast(text_features.mean).T
 
@@ -429,12 +442,14 @@ class ProLIP(nn.Module):
             "image_in_text": config.image_in_text * inclusion_loss(image_features, text_features, **test).mean(),
             "vib": config.vib * (vib(image_features) + vib(text_features))}
         if masked is not None:
-            masked_images = self.encode_image(images[masked], kept_patches[masked])
-            masked_texts = self.encode_text(masked_tokens[masked])
+            rows = masked.nonzero()[:, 0]
+            rows = rows if len(rows) else rows.new_zeros(1)  # one that will not count: attention needs a batch
+            masked_images = self.encode_image(images[rows], kept_patches[rows])
+            masked_texts = self.encode_text(masked_tokens[rows])
             for name, original, copy in (("image_in_masked", image_features, masked_images),
                                          ("text_in_masked", text_features, masked_texts)):
-                original = Gaussian(*(x[masked] for x in original))
-                terms[name] = config.original_in_masked * mean_of_all(inclusion_loss(original, copy, **test))
+                losses = inclusion_loss(Gaussian(*(x[rows] for x in original)), copy, **test)
+                terms[name] = config.original_in_masked * mean_of_all(losses, masked[rows])
         return {"loss": sum(terms.values()), **terms}
 
     def chance_loss(self, batch):
@@ -479,7 +494,7 @@ class ProLIP(nn.Module):
         masked_tokens = tokens.clone()
         for i in masked.nonzero()[:, 0].tolist():
             hide = torch.tensor([rngs[i].random() < config.mask_text for _ in range(tokens.shape[1])])
-            words = (tokens[i] != config.pad_id) & (tokens[i] != config.end_id)
+            words = (tokens[i] != config.pad_id) & (tokens[i] != config.end_id)  # and a start, where there is one
             masked_tokens[i, hide & words] = config.mask_id
             kept[i] = torch.tensor(sorted(rngs[i].sample(range(patches), kept.shape[1])))
         return {"tokens": tokens, "masked": masked, "masked_tokens": masked_tokens, "kept_patches": kept}
@@ -494,7 +509,8 @@ class ProLIP(nn.Module):
         or the path of a file, or of a folder with the hub's model.safetensors and config.json; or a state dict.
         config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's, or
         else what the folder's config.json says. For a longer context_length than the file's, the text tower's table of
-        positions is stretched as LongProLIP's was; for another image_size, the image tower's is resized; both said.
+        positions is stretched as LongProLIP's was; for another image_size, the image tower's is resized; each with a
+        warning.
         """
         source, config = find_source(source, config, cls, cache)
         folder = source if not isinstance(source, dict) and os.path.isdir(source) else None
@@ -513,6 +529,8 @@ class ProLIP(nn.Module):
         return model.eval()
 
 
+# --- prompts, weighted by what they say of a class's pictures ---------------------------------------------------------
+
 def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps=10, floor=0.02, generator=None):
     """Bayesian prompt re-weighting (the paper's BPRW): which of a class's prompts describe its pictures?
 
@@ -521,7 +539,8 @@ def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps
     -> weights (P,), with a sum of 1: those of a mixture of the prompts' Gaussians (with `floor` more variance) that is
     fitted to `draws` samples of each picture, in `steps` of expectation and maximisation. Narrow prompts are preferred
     beforehand: a Dirichlet prior of alpha P counts, shared out as 1 / mean variance.
-    The paper's Algorithm 1 (appendix A.8), with the published alpha and floor; how its prior counts is our reading.
+    The paper's Algorithm 1 (appendix A.8). alpha and floor are those published for a few labelled pictures (alpha is 5
+    for nearest ones); how the prior counts, and the numbers of draws and steps, are our reading.
     """
     with torch.no_grad(), full_precision(image_features.mean):
         (mean, log_var), (mu, v) = (Gaussian(*map(upcast, x)) for x in (image_features, prompt_features))
@@ -678,7 +697,8 @@ def read_config(path):
             image_size=image.get("image_size", 224), patch_size=image.get("patch_size", 16), image_width=width,
             image_layers=image.get("layers", 12), image_heads=width // image.get("head_width", 64),
             image_mlp=int(width * image.get("mlp_ratio", 4.0)),
-            vocab_size=text.get("vocab_size", 49408), context_length=text.get("context_length", 77),
+            vocab_size=text.get("vocab_size", 49408), **(CLIP_TOKENS if text.get("vocab_size", 49408) == 49408 else {}),
+            context_length=text.get("context_length", 77),
             text_width=text.get("width", 512), text_layers=text.get("layers", 12), text_heads=text.get("heads", 8),
             text_mlp=int(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
             text_eps=text.get("norm_kwargs", {}).get("eps", 1e-5), embed_dim=content["embed_dim"],
@@ -708,6 +728,7 @@ def load_strictly(model, state):
 
 # --- sizes, and how each is trained ---------------------------------------------------------------------------------
 
+CLIP_TOKENS = dict(pad_id=0, end_id=49407)  # its vocabulary has no mask: 32000 is an ordinary piece there, as published
 LONG = dict(context_length=256, inclusion_eps=-100.0, inclusion_scale=10.0)
 CONFIGS = {
     "vit-b-16": Config(),             # 197,923,586 parameters
@@ -719,7 +740,7 @@ CONFIGS = {
                             embed_dim=1152),  # 866,286,434
     # with CLIP's tokenizer and QuickGELU, as DFN's weights, which it comes from
     "vit-h-14": Config(patch_size=14, image_width=1280, image_layers=32, image_heads=16, image_mlp=5120,
-                       vocab_size=49408, pad_id=0, end_id=49407, context_length=77, text_width=1024, text_layers=24,
+                       vocab_size=49408, **CLIP_TOKENS, context_length=77, text_width=1024, text_layers=24,
                        text_heads=16, text_mlp=4096, text_eps=1e-5, embed_dim=1024,
                        activation="quick_gelu"),  # 988,478,466
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
@@ -764,19 +785,19 @@ def hub(name, file):
 
 
 SIGLIP, SO400M = "timm/ViT-B-16-SigLIP", "timm/ViT-SO400M-14-SigLIP"
-CLIP_VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-                   "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
-PUBLISHED = {  # name: its files (address, SHA-256, of which none is published for ProLIP)
+VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+PUBLISHED = {  # name: its files (address, SHA-256, of which none is known here for ProLIP's)
     name: {"source": hub(f"SanghyukChun/{repository}", "model.safetensors"), "vocab": vocabulary}
     for name, repository, vocabulary in (
         ("vit-b-16", "ProLIP-ViT-B-16-DC-1B-12_8B", hub(SIGLIP, "tokenizer.json")),
         ("vit-b-16-long", "LongProLIP-ViT-B-16-SHD128M", hub(SIGLIP, "tokenizer.json")),
         ("vit-l-16", "ProLIP-ViT-L-16-FT-DC-1B-1_28B", hub(SIGLIP, "tokenizer.json")),
         ("vit-so400m-14", "ProLIP-ViT-SO400M-14-FT-DC-1B-1_28B", hub(SO400M, "tokenizer.json")),
-        ("vit-h-14", "ProLIP-ViT-H-14-FT-DC-1B-1_28B", CLIP_VOCABULARY))}
+        ("vit-h-14", "ProLIP-ViT-H-14-FT-DC-1B-1_28B", VOCABULARY))}
 
 # What train.py uses unless told otherwise. `files`: what to start from; `scratch`: what differs with --scratch, which
-# starts from nothing (for the published sizes the paper's values).
+# starts from nothing (learning rate and weight decay are the paper's for B/16).
 RECIPES = {
     **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1,
                   tokenizer="clip" if name == "vit-h-14" else "unigram", files=files,
@@ -798,13 +819,15 @@ class ZeroShotPipeline:
         return (self.model.encode_image(self.preprocess(image)[None]),
                 self.model.encode_text(self.model.tokenize(labels, self.tokenizer)))
 
+    def cosines(self, image, labels):
+        return self.model.classify(*self.encode(image, labels))[0]  # (labels,)
+
     @torch.no_grad()
     def predict(self, image, labels, top_k=5):
         """image: a path or a PIL image; labels: two texts or more -> the top_k (label, probability), best first."""
         if isinstance(labels, str) or len(labels) < 2:
             raise ValueError(f"predict compares labels: expected a list of two or more, got {labels!r}")
-        cosines = self.model.classify(*self.encode(image, labels))[0]
-        probabilities = (self.model.logit_scale.exp() * cosines).softmax(dim=0)
+        probabilities = (self.model.logit_scale.exp() * self.cosines(image, labels)).softmax(dim=0)
         return [(labels[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:top_k]]
 
 

@@ -234,7 +234,7 @@ def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
             sheet.paste(Image.fromarray(data.draw(scene, side)), (x, y + 22))
             for patch in hidden:
                 left, top = x + patch % grid * side // grid, y + 22 + patch // grid * side // grid
-                pen.rectangle((left, top, left + side // grid, top + side // grid), fill="white")
+                pen.rectangle((left, top, left + side // grid, top + side // grid), fill=(205, 210, 222))
             pen.text((x, y + 24 + side), f"{value:.4f}", fill="gray", font=small)
         y += side + 54
     longest = spread.max().item()
