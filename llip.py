@@ -69,7 +69,8 @@ class Config:
     embed_dim: int = 512
     activation: str = "quick_gelu"
     head_start: bool = False         # for fresh small towers: see the function of that name
-    logit_bias: float = -10.0        # at birth
+    logit_scale: float = math.log(1 / 0.07)  # at birth; the tiny size starts at ln 30, or it would spend its minutes
+    logit_bias: float = -10.0                # on raising it
     mixture_tokens: int = 64
     mixing_heads: int = 8
     temperature: float = 5.0         # divides the scores in the mixture's softmax: the larger, the flatter
@@ -372,7 +373,7 @@ class Llip(nn.Module):
         # A cosine lies in [-1, 1]; to be sure of anything a larger range is needed, and how large is learned. As an
         # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100. The bias begins
         # low, as nearly all pairs are wrong ones.
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and spread of CLIP's own training pictures.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
@@ -622,7 +623,8 @@ CONFIGS = {
                            mixing_norm=True),                             # 2,813,561,090
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
                    vocab_size=1024, end_id=2, context_length=64, text_width=128, text_layers=2, text_heads=4,
-                   text_mlp=512, embed_dim=128, head_start=True, mixture_tokens=16, mixing_heads=4),
+                   text_mlp=512, embed_dim=128, head_start=True, logit_scale=math.log(30),
+                   mixture_tokens=16, mixing_heads=4),
 }
 
 

@@ -257,6 +257,14 @@ def test_at_a_low_eps_inclusion_compares_variances_alone(eps):
             torch.testing.assert_close(h, torch.full_like(h, 0.8447), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("eps", [0.0, -2.0, -20.0, -100.0])
+def test_inclusion_tells_which_is_the_wider_wherever_the_means_lie(eps):
+    first, second = some_gaussians(200, 8, seed=1, log_var=0), some_gaussians(200, 8, seed=2, log_var=0.5)
+    first = Gaussian(20 * first.mean, first.log_var)
+    h = inclusion_test(first, second, eps) - inclusion_test(second, first, eps)
+    assert ((h > 0) == (second.log_var > first.log_var)).all()
+
+
 @pytest.mark.parametrize("eps", [0.0, -20.0, -100.0])
 def test_inclusion_of_the_narrowest_and_the_widest_is_finite(eps):
     v1, v2 = (torch.tensor(v).requires_grad_() for v in zip(*itertools.product((-30.0, 0.0, 30.0), repeat=2)))
@@ -446,6 +454,20 @@ def test_means_have_length_one_and_variances_full_precision_even_under_autocast(
         assert (rough.log_var - fine.log_var).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_encodes(dtype):
+    """All of it, as for inference, not by autocast."""
+    model = small()
+    with torch.no_grad():
+        exact = model.encode_image(some_images(3)), model.encode_text(some_tokens(4, 7, 5))
+        model = model.to(dtype)
+        rough = model.encode_image(some_images(3)), model.encode_text(some_tokens(4, 7, 5))
+    for one, other in zip(rough, exact):
+        assert {one.mean.dtype, one.log_var.dtype} == {torch.float32}
+        assert (one.mean * other.mean).sum(dim=1).min() > 0.995
+        assert (one.log_var - other.log_var).abs().max() < 0.2
+
+
 def test_log_variances_are_kept_within_30():
     model = small()
     with torch.no_grad():
@@ -479,7 +501,7 @@ def test_the_initialisation():
     width, layers = 256, 6
     config = Config(image_size=96, patch_size=8, image_width=192, image_layers=2, image_heads=3, image_mlp=768,
                     vocab_size=2000, context_length=77, text_width=width, text_layers=layers, text_heads=4,
-                    text_mlp=4 * width, embed_dim=256)
+                    text_mlp=4 * width, embed_dim=128)
     model = ProLIP(config)
     text, image = model.text_encoder, model.image_encoder
 
@@ -494,8 +516,9 @@ def test_the_initialisation():
         check(block.mlp.c_fc.weight, (2 * width) ** -0.5)
         check(block.mlp.c_proj.weight, width ** -0.5 * (2 * layers) ** -0.5)
     for head, bias in ((text.text_projection, 0), (text.text_uncertainty_projection, -10)):
-        check(head.weight, width ** -0.5)
+        check(head.weight, head.in_features ** -0.5)
         assert (head.bias == bias).all()
+    assert (text.text_projection.in_features, text.text_uncertainty_projection.in_features) == (256, 128)
     check(image.positional_embedding, 192 ** -0.5)
     check(image.proj, 192 ** -0.5)
     check(image.uncertainty_proj.weight, 192 ** -0.5)
