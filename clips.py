@@ -28,9 +28,8 @@ What differs:
   - where there are no synthetic captions, as in Flickr8k, one caption plays the web's, the others joined the synthetic;
   - one table of positions that is learned, for images too (there: sines); the tiny size begins with `head_start`.
 
-    python train.py --model clips                                      # the tiny one on generated pictures: 7 minutes
+    python train.py --model clips                                      # the tiny one on generated pictures
     python clips.py runs/clips-shapes/best.pt photo.png "a red star" "a blue circle"      # and what it sees, in words
-    python tests/claims.py clips                                       # the paper's claims, on shapes
 """
 import math
 import os

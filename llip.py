@@ -23,7 +23,7 @@ section "new in Llip"; after it, the same without building the (B, B, E) mixture
 you need it: published weights, sizes, recipes.
 
 It computes what the published code computes (tests/golden holds the values). What differs:
-  - mixtures are never built, see `mixture_cosines`: the same numbers, three times as fast and in a tenth of the memory
+  - mixtures are never built, see `mixture_cosines`: the same numbers, 2.6 times as fast and in a tenth of the memory
     (batch 256, K = 32, E = 512, on a CPU: python tests/bench.py llip);
   - the state of a text is taken at the first end-of-text id, `end_id`, and not at the largest id; and it need not be
     padded: attention is causal, so nothing behind the end of a text can change its feature;
@@ -32,7 +32,7 @@ It computes what the published code computes (tests/golden holds the values). Wh
   - training: AdamW's second beta is .98 (there .95), and a batch is what your machine holds (there 32,768); the tiny
     size begins with `head_start`.
 
-    python train.py --model llip                                       # the tiny one on generated pictures: 6 minutes
+    python train.py --model llip                                       # the tiny one on generated pictures: 5 minutes
     python train.py --model llip --config vit-b-16-k32 --data flickr8k # goes on from the released weights
     python llip.py runs/llip-shapes/best.pt photo.png "a red star" "a blue circle"
     python tests/claims.py llip                                        # the paper's claims, on shapes

@@ -43,7 +43,7 @@ Where this file departs from the published code:
   - training: AdamW's second beta is .98 (there .95), and a batch is what your machine holds (there 16,384); the tiny
     size begins with `head_start`.
 
-    python train.py --model prolip                                     # the tiny one on generated pictures: 6 minutes
+    python train.py --model prolip                                     # the tiny one on generated pictures: 5 minutes
     python train.py --model prolip --config vit-b-16 --data flickr8k   # goes on from the released weights
     python prolip.py runs/prolip-shapes/best.pt photo.png "a red star" "some shapes"
     python tests/claims.py prolip                                      # the paper's claims, on shapes

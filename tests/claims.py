@@ -1,7 +1,7 @@
 """What the papers claim, put to the test on generated pictures: trains what is not there yet, then prints its tables.
 
-    python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 6 minutes on two cores
-    python tests/claims.py llip              # numbers of tokens, what is not mixed, temperature; 21 runs of 3 minutes
+    python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 5 minutes on two cores
+    python tests/claims.py llip              # numbers of tokens, what is not mixed, temperature; 21 runs
 
 Runs go to runs/claims/ and are used again when they are there. --seeds 0 for one run, --out FOLDER for the pictures.
 """
