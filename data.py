@@ -1277,7 +1277,8 @@ class Unigram:
         try:
             model = json.loads(Path(path).read_text(encoding="utf-8"))["model"]
             if model["type"] != "Unigram" or model.get("byte_fallback"):
-                raise UserError(f"{path}: expected a Unigram model without byte_fallback, found {model['type']}")
+                found = model["type"] + (" with byte_fallback" if model.get("byte_fallback") else "")
+                raise UserError(f"{path}: expected a Unigram model without byte_fallback, found {found}")
             return cls(model["vocab"], model["unk_id"])
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None

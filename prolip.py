@@ -562,8 +562,9 @@ def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps
 
 def mix(features, weights):
     """Gaussian (P, E) and weights (P,) -> Gaussian (1, E): a class made of its prompts (the mean not of length 1)."""
-    mean, log_var = (upcast(x) for x in features)
-    return Gaussian((weights @ mean)[None], (weights ** 2 @ log_var.exp()).log()[None])
+    with full_precision(weights):
+        mean, log_var = map(upcast, features)
+        return Gaussian((weights @ mean)[None], (weights ** 2 @ log_var.exp()).log()[None])
 
 
 # --- reading published weights --------------------------------------------------------------------------------------

@@ -595,12 +595,15 @@ def expected_terms(model, batch):
 @pytest.mark.parametrize("masked", [(1, 4), (0, 1, 2, 3, 4, 5), (5,)])
 def test_every_term_equals_the_published_formulas(masked):
     model, batch = felt(), some_batch(6, *masked)
-    with torch.no_grad():
-        losses, expected = model(**batch), expected_terms(model, batch)
+    losses, expected = model(**batch), expected_terms(model, batch)
     assert set(expected) == set(ProLIP.terms) == set(losses) - {"loss"}
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-10), name
         assert losses[name].item() > 1e-2, name
+        gradients = (torch.autograd.grad(loss, model.parameters(), retain_graph=True, materialize_grads=True)
+                     for loss in (losses[name], value))
+        for ours, theirs in zip(*gradients, strict=True):
+            assert (ours - theirs).norm() <= 1e-9 * theirs.norm() + 1e-12, name
     assert losses["loss"].item() == pytest.approx(sum(value.item() for value in expected.values()), rel=1e-12)
 
 
@@ -873,6 +876,8 @@ def test_a_class_mixed_of_its_prompts_by_hand():
     mixed = mix(prompts, torch.tensor([0.75, 0.25]))
     assert mixed.mean.tolist() == [[0.75, 0.25]]
     assert mixed.log_var.exp()[0].tolist() == pytest.approx([0.5625 * 4 + 0.0625 * 8, 0.5625 + 0.0625 * 16], rel=1e-6)
+    half = mix(Gaussian(*(x.bfloat16() for x in prompts)), torch.tensor([0.75, 0.25]))
+    assert half.mean.dtype == half.log_var.dtype == torch.float32 and torch.equal(half.mean, mixed.mean)
     assert mix(prompts, torch.tensor([0.0, 1.0])).uncertainty.tolist() == pytest.approx([24.0])
 
 
