@@ -75,15 +75,11 @@ class Config:
     shorten_to: int = 0              # its tokens; 0: as many as there is room for
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
 def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh}
 
 
 class Attention(nn.Module):
@@ -276,12 +272,12 @@ def shorten(text, encode, how, rng, length):
     raise ValueError(f"shorten={how!r}: unknown; known: sentence, first, block, random")
 
 
-def caption_mask(prefix, slots):
+def caption_mask(prefix, slots, device=None):
     """Which token (row) may see which (column): bool (prefix + slots, prefix + slots).
 
     All see the prefix, which sees nothing else; a slot sees the slots up to itself.
     """
-    mask = torch.ones(prefix + slots, prefix + slots, dtype=torch.bool).tril()
+    mask = torch.ones(prefix + slots, prefix + slots, dtype=torch.bool, device=device).tril()
     mask[:, :prefix] = True
     return mask
 
@@ -293,7 +289,7 @@ class Captioner(nn.Module):
         width = config.text_width
         self.image_proj = nn.Linear(config.image_width, width, bias=False)
         self.text_proj = nn.Linear(width, width, bias=False)
-        self.slots = nn.Parameter(torch.randn(config.caption_length, width))
+        self.slot_embedding = nn.Parameter(torch.randn(config.caption_length, width))
         self.blocks = nn.ModuleList([
             Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.text_activation], config.norm_eps)
             for _ in range(config.caption_layers)])
@@ -302,8 +298,8 @@ class Captioner(nn.Module):
 
     def forward(self, image_states, text_states):
         prefix = torch.cat([self.image_proj(image_states), self.text_proj(text_states)], dim=1)
-        x = torch.cat([prefix, self.slots.expand(len(prefix), -1, -1)], dim=1)
-        mask = caption_mask(prefix.shape[1], len(self.slots)).to(x.device)
+        x = torch.cat([prefix, self.slot_embedding.expand(len(prefix), -1, -1)], dim=1)
+        mask = caption_mask(prefix.shape[1], len(self.slot_embedding), x.device)
         for block in self.blocks:
             x = block(x, mask)
         return self.ln(x[:, prefix.shape[1]:])  # (B, C, D)
@@ -630,8 +626,8 @@ CONFIGS = {
     "vit-h-14-224": Config(image_width=1280, image_layers=32, image_mlp=5120, text_width=1024, text_layers=24,
                            text_heads=16, text_mlp=4096, embed_dim=1024, caption_layers=24),  # 968,284,161
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
-                   vocab_size=1024, class_id=3, context_length=32, text_width=128, text_layers=2, text_heads=4,
-                   text_mlp=512, embed_dim=128, head_start=True, caption_layers=2, caption_length=96),
+                   vocab_size=1024, class_id=3, context_length=36, text_width=128, text_layers=2, text_heads=2,
+                   text_mlp=512, embed_dim=128, head_start=True, caption_layers=2, caption_length=80),
 }
 
 

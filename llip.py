@@ -77,13 +77,13 @@ class Config:
     mixing_norm: bool = False        # LayerNorms on keys, values and queries
 
 
-class Mixture(NamedTuple):
+class KeysValues(NamedTuple):
     """Images: what captions choose by, and what they get. Both (B, M, K, d)."""
     keys: torch.Tensor
     values: torch.Tensor
 
 
-class Query(NamedTuple):
+class QueryTarget(NamedTuple):
     """Texts: what they choose with, (B, M, d), and what the choice is compared with, (B, E) of length 1."""
     query: torch.Tensor
     target: torch.Tensor
@@ -256,7 +256,7 @@ def mixing_weights(keys, query, temperature):
 
 
 def mixtures(images, texts, out_proj, temperature):
-    """Each image as each text sees it: Mixture of I, Query of T -> (I, T, E), not normalised. For small numbers."""
+    """Each image as each text sees it: KeysValues of I, QueryTarget of T -> (I, T, E), not normalised; for few."""
     weights = mixing_weights(images.keys, texts.query, temperature)
     return torch.einsum("imkt,imkd->itmd", weights, images.values).flatten(2) @ out_proj
 
@@ -354,7 +354,7 @@ def chunk(keys, query):
 def mixture_loss(image_features, text_features, out_proj, scale, bias, temperature):
     """The loss of Llip over the global batch.
 
-    image_features: Mixture, text_features: Query, row i of one belongs to row i of the other; scale: exp(logit_scale).
+    image_features: KeysValues, text_features: QueryTarget, of which rows i belong together; scale: exp(logit_scale).
     Local images against the texts of all W processes; the sum over pairs is divided by B, not by the number of pairs.
     Never negative; about 10 at the start, as a bias of -10 calls all B true pairs wrong, at a cost of 10 each.
     In fp32: half types lose 1e-3 to 1e-2 of a cosine.
@@ -397,7 +397,7 @@ class Llip(nn.Module):
         self.register_buffer("std", torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1), persistent=False)
 
     def encode_image(self, images):
-        """uint8 pixels, or floats already normalised, (B, 3, S, S), S = image_size -> Mixture, (B, M, K, d) twice.
+        """uint8 pixels, or floats already normalised, (B, 3, S, S), S = image_size -> KeysValues, (B, M, K, d) twice.
 
         No single vector stands for an image: which feature is compared depends on the caption. A gallery must keep keys
         and values, 2 K times what CLIP keeps, and an index of nearest neighbours cannot search it.
@@ -407,18 +407,18 @@ class Llip(nn.Module):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return Mixture(*map(upcast, self.image_encoder(images)))
+        return KeysValues(*map(upcast, self.image_encoder(images)))
 
     def encode_text(self, tokens):
-        """int64 tokens from `tokenize`, (B, L), L at most the number of positions -> Query, (B, M, d) and (B, E)."""
+        """int64 tokens from `tokenize`, (B, L), L at most context_length -> QueryTarget, (B, M, d) and (B, E)."""
         limit = len(self.text_encoder.positional_embedding)
         if tokens.ndim != 2 or tokens.shape[1] > limit:
             raise ValueError(f"tokens must be (B, L) with L <= {limit}, got {tuple(tokens.shape)}")
         query, target = self.text_encoder(tokens)
-        return Query(upcast(query), self.normalize(target))
+        return QueryTarget(upcast(query), self.normalize(target))
 
     def similarity(self, image_features, text_features, temperature=None):
-        """Mixture of I, Query of T -> cosines (I, T), in fp32: what ranks captions, images and labels.
+        """KeysValues of I, QueryTarget of T -> cosines (I, T), in fp32: what ranks captions, images and labels.
 
         In chunks of images, so that memory goes with the gallery, not with the table times K.
         """
@@ -637,7 +637,7 @@ CONFIGS = {
                            mixing_norm=True),                             # 1,154,835,458
     "vit-g-14-k64": Config(patch_size=14, image_width=1664, image_layers=48, image_heads=16, image_mlp=8192,
                            text_width=1280, text_layers=32, text_heads=20, text_mlp=5120, embed_dim=1280,
-                           mixing_norm=True),                             # 2,813,561,090
+                           mixing_norm=True),                             # 2,813,561,090: ViT-bigG
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
                    vocab_size=1024, end_id=2, context_length=64, text_width=128, text_layers=2, text_heads=4,
                    text_mlp=512, embed_dim=128, head_start=True, logit_scale=math.log(30),

@@ -178,8 +178,8 @@ def mixture_losses(batch=256, tokens=32, dim=512, heads=8, temperature=5.0):
     """Llip's loss, forward and backward: name -> a function that returns the loss."""
     torch.manual_seed(0)
     shape = batch, heads, tokens, dim // heads
-    images = llip.Mixture(*(torch.randn(shape).requires_grad_() for _ in range(2)))
-    texts = llip.Query(torch.randn(batch, heads, dim // heads).requires_grad_(),
+    images = llip.KeysValues(*(torch.randn(shape).requires_grad_() for _ in range(2)))
+    texts = llip.QueryTarget(torch.randn(batch, heads, dim // heads).requires_grad_(),
                        F.normalize(torch.randn(batch, dim), dim=-1).requires_grad_())
     out_proj = (dim ** -0.5 * torch.randn(dim, dim)).requires_grad_()
     scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)

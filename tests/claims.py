@@ -258,7 +258,7 @@ def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
 class Registers(llip.Llip):
     """K tokens in the ViT, of which the first alone is compared: room to think in, but nothing to choose from."""
     def encode_image(self, images):
-        return llip.Mixture(*(x[:, :, :1] for x in super().encode_image(images)))
+        return llip.KeysValues(*(x[:, :, :1] for x in super().encode_image(images)))
 
 
 class LearnedAverage(llip.Llip):
@@ -269,7 +269,7 @@ class LearnedAverage(llip.Llip):
 
     def encode_text(self, tokens):
         query, target = super().encode_text(tokens)
-        return llip.Query(self.query.expand_as(query), target)
+        return llip.QueryTarget(self.query.expand_as(query), target)
 
 
 for baseline in (Registers, LearnedAverage):

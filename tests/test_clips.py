@@ -161,7 +161,7 @@ def test_the_captioner_step_by_step():
     found = captioner(patches, words)
     for i in range(2):
         prefix = torch.cat([patches[i] @ captioner.image_proj.weight.T, words[i] @ captioner.text_proj.weight.T])
-        slots = captioner.slots
+        slots = captioner.slot_embedding
         for block in captioner.blocks:
             slots, prefix = (torch.cat([block_by_hand(block, slots[j:j + 1], torch.cat([prefix, slots[:j + 1]]),
                                                       gelu_tanh) for j in range(8)]),
@@ -226,8 +226,8 @@ def test_layout_with_the_tokenizers_of_the_sizes():
         published, tiny = clips.Towers(CONFIGS["vit-l-14-224"]), clips.Towers(CONFIGS["tiny"])
     expected = torch.tensor([[1, 101, 103, 102, 2] + [0] * 74 + [101], [1, 2] + [0] * 77 + [101]])
     assert torch.equal(published.tokenize(["A dogs", ""], wordpiece), expected)
-    assert CONFIGS["tiny"].context_length == 32 and CONFIGS["tiny"].class_id == data.BPE.mask_id
-    expected = [1, *(4 + byte for byte in b" a dog"), 2] + [0] * 23 + [3]
+    assert CONFIGS["tiny"].context_length == 36 and CONFIGS["tiny"].class_id == data.BPE.mask_id
+    expected = [1, *(4 + byte for byte in b" a dog"), 2] + [0] * 27 + [3]
     assert tiny.tokenize(["A dog"], data.BPE([])).tolist() == [expected]
     assert (data.BPE.pad_id, data.BPE.start_id, data.BPE.end_id) == (0, 1, 2)
 
@@ -302,11 +302,11 @@ def test_a_slot_sees_the_image_the_web_caption_and_the_slots_before_it():
         gradients = torch.autograd.grad((output * direction).sum(), inputs, retain_graph=True)
         return [gradient.reshape(-1, gradient.shape[-1]).abs().amax(dim=1) for gradient in gradients]
     for i in range(8):
-        by_slot, by_patch, by_word = felt(states[0, i], (captioner.slots, patches, words))
+        by_slot, by_patch, by_word = felt(states[0, i], (captioner.slot_embedding, patches, words))
         assert (by_slot[i + 1:] == 0).all() and by_slot[:i + 1].min() > 1e-6
         assert by_patch.min() > 1e-6 and by_word.min() > 1e-6
     for prefix in prefixes:
-        by_slot, by_patch, by_word = felt(prefix, (captioner.slots, patches, words))
+        by_slot, by_patch, by_word = felt(prefix, (captioner.slot_embedding, patches, words))
         assert (by_slot == 0).all() and by_patch.min() > 1e-6 and by_word.min() > 1e-6
 
 
@@ -631,7 +631,7 @@ def test_a_model_with_its_captioner_comes_back(tmp_path):
     del state["captioner.ln.bias"]
     with pytest.raises(ValueError, match="1 missing: captioner.ln.bias"):
         load_strictly(other, state)
-    with pytest.raises(ValueError, match="unexpected: captioner.slots"):
+    with pytest.raises(ValueError, match="unexpected: captioner.slot_embedding"):
         CLIPS.from_pretrained(tmp_path / "weights.pt", replace(SMALL, caption_layers=0))
 
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import llip
-from llip import (CONFIGS, PUBLISHED, Config, Llip, Mixture, Query, mixing_weights, mixture_cosines, mixture_loss,
+from llip import (CONFIGS, PUBLISHED, Config, Llip, KeysValues, QueryTarget, mixing_weights, mixture_cosines, mixture_loss,
                   mixtures)
 from test_golden import build_llip
 
@@ -74,7 +74,7 @@ def some_features(images, texts, M=3, K=5, d=4):
 
 def packed(keys, values, query, target, *rest):
     """The same for those functions that take named tuples."""
-    return Mixture(keys, values), Query(query, target), *rest
+    return KeysValues(keys, values), QueryTarget(query, target), *rest
 
 
 class Words:
