@@ -238,7 +238,7 @@ def contrastive_loss(image_features, text_features, scale):
 
 
 def mean_of_all(values, counted):
-    """Values (n,), and which of them count, bool (n,) -> this process's part of their mean.
+    """Values (n,), and for how much each counts, bool or int (n,) -> this process's part of their mean.
 
     n may differ among processes. The mean of the parts is that of all counted values: the sum here, times W as DDP
     divides by it, over the count of all W processes.
@@ -305,16 +305,19 @@ class Captioner(nn.Module):
         return self.ln(x[:, prefix.shape[1]:])  # (B, C, D)
 
 
-def caption_loss(states, head, targets, pad_id):
-    """Cross-entropy of slot i's state (B, C, D) and token i of the caption (B, C), mean over all tokens but padding.
+def caption_losses(states, head, targets, pad_id):
+    """Cross-entropy of slot i's state (B, C, D) and token i of the caption (B, C), padding apart.
 
-    head is applied where there is a token: logits of all slots over a large vocabulary would be most of the memory.
+    -> its mean over a caption's tokens, (B,), and their number, (B,). head is applied where there is a token: logits of
+    all slots over a large vocabulary would be most of the memory.
     """
     real = targets != pad_id
-    states, targets = states[real], targets[real]
     with full_precision(states):
-        logits = F.linear(upcast(states), upcast(head.weight))  # (tokens, V)
-        return mean_of_all(F.cross_entropy(logits, targets, reduction="none"), targets != pad_id)
+        logits = F.linear(upcast(states[real]), upcast(head.weight))  # (tokens of all captions, V)
+        losses = F.cross_entropy(logits, targets[real], reduction="none")
+    losses = losses.new_zeros(real.shape).masked_scatter(real, losses)  # (B, C)
+    tokens = real.sum(dim=1)
+    return losses.sum(dim=1) / tokens.clamp(min=1), tokens
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -380,16 +383,28 @@ class CLIPS(nn.Module):
         """images (B, 3, S, S), web captions and parts of the synthetic ones (B, L), those in whole (B, C) as targets
         -> {"loss": the sum of the others, "contrastive": ..., "captioning": ...}.
         """
+        return self.loss(**self.encode(images, tokens, sub_tokens, targets))
+
+    def encode(self, images, tokens, sub_tokens, targets):
+        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
+        samples at a time, and `loss` for all. The captioner looks at one sample at a time, and is asked here.
+        """
         image_features, image_states = self.image_states(images)
         text_features, text_states = self.text_states(torch.cat([tokens, sub_tokens]))  # one pass for both
         web_features, sub_features = text_features.chunk(2)
+        features = {"image_features": image_features, "web_features": web_features, "sub_features": sub_features}
+        if self.captioner is not None:
+            states = self.captioner(image_states, text_states[:len(images)])
+            features["caption_losses"], features["caption_tokens"] = caption_losses(
+                states, self.captioner.head, targets, self.config.pad_id)
+        return features
+
+    def loss(self, image_features, web_features, sub_features, caption_losses=None, caption_tokens=None):
         scale = self.logit_scale.exp()
         terms = {"contrastive": (contrastive_loss(image_features, web_features, scale)
                                  + contrastive_loss(image_features, sub_features, scale)) / 2}
-        if self.captioner is not None:
-            states = self.captioner(image_states, text_states[:len(images)])
-            terms["captioning"] = self.config.caption_weight * caption_loss(
-                states, self.captioner.head, targets, self.config.pad_id)
+        if caption_losses is not None:
+            terms["captioning"] = self.config.caption_weight * mean_of_all(caption_losses, caption_tokens)
         return {"loss": sum(terms.values()), **terms}
 
     @torch.no_grad()

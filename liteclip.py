@@ -292,8 +292,15 @@ class LiteCLIP(nn.Module):
 
         A dict, because other models of the family have several terms, and train.py logs what it finds.
         """
-        image_features = self.encode_image(images)
-        text_features = self.encode_text(tokens)
+        return self.loss(**self.encode(images, tokens))
+
+    def encode(self, images, tokens):
+        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
+        samples at a time, and `loss` for all.
+        """
+        return {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
+
+    def loss(self, image_features, text_features):
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
 
     def chance_loss(self, batch):

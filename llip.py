@@ -431,8 +431,15 @@ class Llip(nn.Module):
 
     def forward(self, images, tokens):
         """images (B, 3, S, S) and their captions (B, L) -> {"loss": this process's images against all texts}."""
-        image_features = self.encode_image(images)
-        text_features = self.encode_text(tokens)
+        return self.loss(**self.encode(images, tokens))
+
+    def encode(self, images, tokens):
+        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
+        samples at a time, and `loss` for all.
+        """
+        return {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
+
+    def loss(self, image_features, text_features):
         return {"loss": mixture_loss(image_features, text_features, self.out_proj, self.logit_scale.exp(),
                                      self.logit_bias, self.temperature)}
 

@@ -282,7 +282,7 @@ def full_precision(x):
 
 
 def mean_of_all(values, counted):
-    """Values (n,), and which of them count, bool (n,) -> this process's part of their mean.
+    """Values (n,), and for how much each counts, bool or int (n,) -> this process's part of their mean.
 
     n may differ among processes. The mean of the parts is that of all counted values: the sum here, times W as DDP
     divides by it, over the count of all W processes.
@@ -434,22 +434,37 @@ class ProLIP(nn.Module):
 
         masked: bool (B,), the samples that have a masked copy: their rows of masked_tokens (B, L), kept_patches (B, K).
         """
+        return self.loss(**self.encode(images, tokens, masked, masked_tokens, kept_patches))
+
+    def encode(self, images, tokens, masked=None, masked_tokens=None, kept_patches=None):
+        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
+        samples at a time, and `loss` for all. How far an original lies outside its masked copy concerns no other
+        sample, and is worked out here.
+        """
         config = self.config
-        image_features, text_features = self.encode_image(images), self.encode_text(tokens)
-        test = {"eps": config.inclusion_eps, "scale": config.inclusion_scale}
-        terms = {
-            "ppcl": pairwise_loss(image_features, text_features, self.logit_scale.exp(), self.logit_bias),
-            "image_in_text": config.image_in_text * inclusion_loss(image_features, text_features, **test).mean(),
-            "vib": config.vib * (vib(image_features) + vib(text_features))}
+        features = {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
         if masked is not None:
             rows = masked.nonzero()[:, 0]
             rows = rows if len(rows) else rows.new_zeros(1)  # one that will not count: attention needs a batch
-            masked_images = self.encode_image(images[rows], kept_patches[rows])
-            masked_texts = self.encode_text(masked_tokens[rows])
-            for name, original, copy in (("image_in_masked", image_features, masked_images),
-                                         ("text_in_masked", text_features, masked_texts)):
-                losses = inclusion_loss(Gaussian(*(x[rows] for x in original)), copy, **test)
-                terms[name] = config.original_in_masked * mean_of_all(losses, masked[rows])
+            copies = {"image": self.encode_image(images[rows], kept_patches[rows]),
+                      "text": self.encode_text(masked_tokens[rows])}
+            for kind, copy in copies.items():
+                original = Gaussian(*(x[rows] for x in features[f"{kind}_features"]))
+                features[f"{kind}_in_masked"] = inclusion_loss(original, copy, config.inclusion_eps,
+                                                               config.inclusion_scale)
+            features["counted"] = masked[rows]
+        return features
+
+    def loss(self, image_features, text_features, image_in_masked=None, text_in_masked=None, counted=None):
+        config = self.config
+        terms = {
+            "ppcl": pairwise_loss(image_features, text_features, self.logit_scale.exp(), self.logit_bias),
+            "image_in_text": config.image_in_text * inclusion_loss(
+                image_features, text_features, config.inclusion_eps, config.inclusion_scale).mean(),
+            "vib": config.vib * (vib(image_features) + vib(text_features))}
+        if counted is not None:
+            for name, losses in (("image_in_masked", image_in_masked), ("text_in_masked", text_in_masked)):
+                terms[name] = config.original_in_masked * mean_of_all(losses, counted)
         return {"loss": sum(terms.values()), **terms}
 
     def chance_loss(self, batch):
