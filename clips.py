@@ -426,9 +426,8 @@ class CLIPS(nn.Module):
         return texts
 
     def chance_loss(self, batch):
-        """The loss of features that are all alike, and of slots that know nothing; an untrained model's is above."""
-        captioning = 0.0 if self.captioner is None else math.log(self.config.vocab_size)
-        return math.log(batch) + self.config.caption_weight * captioning
+        """The contrastive loss of a model that tells nothing apart: all its features are alike."""
+        return math.log(batch)
 
     @staticmethod
     def normalize(x):
@@ -641,8 +640,8 @@ CONFIGS = {
     "vit-h-14-224": Config(image_width=1280, image_layers=32, image_mlp=5120, text_width=1024, text_layers=24,
                            text_heads=16, text_mlp=4096, embed_dim=1024, caption_layers=24),  # 968,284,161
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
-                   vocab_size=1024, class_id=3, context_length=36, text_width=128, text_layers=2, text_heads=2,
-                   text_mlp=512, embed_dim=128, head_start=True, caption_layers=2, caption_length=80),
+                   vocab_size=1024, class_id=3, context_length=36, text_width=128, text_layers=2, text_heads=4,
+                   text_mlp=512, embed_dim=128, head_start=True, caption_layers=1, caption_length=80),
 }
 
 

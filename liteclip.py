@@ -304,7 +304,7 @@ class LiteCLIP(nn.Module):
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
 
     def chance_loss(self, batch):
-        """The loss of features that are all alike; an untrained model's is a little above."""
+        """The contrastive loss of a model that tells nothing apart: all its features are alike."""
         return math.log(batch)
 
     @staticmethod

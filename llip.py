@@ -444,9 +444,8 @@ class Llip(nn.Module):
                                      self.logit_bias, self.temperature)}
 
     def chance_loss(self, batch):
-        """The loss at birth, when every pair's logit is about logit_bias."""
-        bias = torch.tensor(float(self.config.logit_bias))
-        return (F.softplus(-bias) + (batch - 1) * F.softplus(bias)).item()
+        """The loss over pairs of a model that tells nothing apart, at its best: 1 / B is its probability of every one."""
+        return math.log(batch) + (batch - 1) * math.log(batch / (batch - 1))
 
     @staticmethod
     def normalize(x):

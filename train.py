@@ -13,6 +13,7 @@ retrieval.png. The order of the pictures and the captions, crops and dropout of 
 and so does the learning rate: to resume is to load weights and optimizer and to start counting at another step.
 """
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -26,15 +27,19 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import clip
@@ -114,6 +119,11 @@ def each(features, function):
 def join(parts):
     """Features of several batches, one after the other."""
     return type(parts[0])(*map(torch.cat, zip(*parts))) if isinstance(parts[0], tuple) else torch.cat(parts)
+
+
+def flat(features):
+    """The tensors of features, in a tuple."""
+    return features if isinstance(features, tuple) else (features,)
 
 
 def take(features, rows, device):
@@ -361,10 +371,11 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
 
-def make_optimizer(model, weight_decay, image_lr=1.0):
+def make_optimizer(model, weight_decay, image_lr=1.0, shard=False):
     """AdamW; no decay on gains, biases, embeddings and logit_scale, which a pull to zero would not make simpler.
 
     image_lr: the learning rate of the image tower's matrices, as a multiple of the others'.
+    shard: whether each process keeps the moments of its part of the parameters alone, and updates these for all.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -373,8 +384,73 @@ def make_optimizer(model, weight_decay, image_lr=1.0):
         groups.setdefault((decay, scale), []).append(p)
     groups = [{"params": params, "weight_decay": weight_decay * decay, "scale": scale}
               for (decay, scale), params in groups.items()]
-    fused = model.logit_scale.device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+    options = dict(betas=(0.9, 0.98), eps=1e-6, fused=model.logit_scale.device.type in ("cuda", "cpu"))
+    if shard and world() > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def split_batch(batch, size):
+    """The batch in parts of `size` samples, the last one with what is left."""
+    return [{name: rows[i:i + size] for name, rows in batch.items()} for i in range(0, len(batch["images"]), size)]
+
+
+def backward_in_parts(model, batch, size, device, precision, scaler, seed):
+    """The loss of a whole batch and its gradient, with the activations of only `size` samples in memory at a time.
+
+    To add up gradients of small batches would be another loss, as none of their pictures would ever be compared with
+    the captions of another part. Here all are compared (GradCache: Gao et al., arXiv 2101.06983): encode the parts
+    without a graph, take the loss of all features and its gradient at each of them, then encode the parts again and
+    send each feature's gradient on. It costs a second forward pass. seed: what dropout draws from, the same both times.
+    """
+    parts = split_batch(batch, size)
+
+    def encode(number):
+        torch.manual_seed(zlib.crc32(f"{seed}/{number}".encode()))
+        with autocast(device, precision):
+            return model.encode(**parts[number])
+
+    with torch.no_grad():
+        encoded = [encode(number) for number in range(len(parts))]
+    # Gradients are wanted at floats, of the whole batch and, as views of it, of each part: the loss cuts it up again.
+    whole = {name: each(join([part[name] for part in encoded]), lambda x: x.requires_grad_(x.is_floating_point()))
+             for name in encoded[0]}
+    with autocast(device, precision):
+        losses = model.loss(**whole)
+    scaler.scale(losses["loss"]).backward()
+    done = dict.fromkeys(whole, 0)
+    for number in range(len(parts)):
+        tensors, grads = [], []
+        for name, features in encode(number).items():
+            first, done[name] = done[name], done[name] + len(flat(features)[0])
+            for tensor, of_all in zip(flat(features), flat(whole[name])):
+                if tensor.requires_grad and of_all.grad is not None:
+                    tensors.append(tensor)
+                    grads.append(of_all.grad[first:done[name]])
+        torch.autograd.backward(tensors, grads)
+    if world() > 1:  # what DistributedDataParallel does in its one backward pass
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world()
+    return losses
+
+
+def recompute_blocks(model):
+    """Keep only the inputs of the towers' blocks for the backward pass, which computes the rest again."""
+    for name, layers in model.named_modules():
+        for block in layers if name.endswith("blocks") else []:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def peak_memory(device):
+    """Bytes: what this process has had allocated at most, on its GPU or, on a CPU, in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):  # there is none on Windows
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Interrupt:
@@ -402,6 +478,45 @@ class Interrupt:
         flag = torch.tensor(float(bool(self.signal)), device=device)
         dist.all_reduce(flag)
         return bool(flag)
+
+
+class Watch:
+    """Says, once each, what in a run's figures wants a look. chance: the contrastive loss of a model that is blind."""
+    def __init__(self, chance, patience=10):
+        self.chance, self.said = chance, set()
+        self.recent = collections.deque(maxlen=patience)
+
+    def look(self, terms, scale):
+        """terms: a step's losses by name, the contrastive one first of its parts; scale: exp(logit_scale)."""
+        self.recent.append(next((value for name, value in terms.items() if name != "loss"), terms["loss"]))
+        if len(self.recent) == self.recent.maxlen and all(
+                abs(loss - self.chance) < 0.01 * self.chance for loss in self.recent):
+            self.say("flat", f"the contrastive loss stays at {self.chance:.2f}, that of a model to which all pictures "
+                             "and all captions are alike. A lower --lr or a longer --warmup may help; and do the "
+                             "captions belong to their pictures?")
+        if scale > 99.9:
+            self.say("scale", "the logit scale has reached its limit of 100. Late in a run that is usual; early, it "
+                              "says that the model learns by heart: fewer --epochs, or more pictures")
+
+    def say(self, kind, text):
+        if kind not in self.said:
+            self.said.add(kind)
+            tqdm.write(f"note: {text}") if rank() == 0 else None
+
+
+@contextlib.contextmanager
+def profile(path, wait=3, warmup=2, active=3):
+    """torch's profiler over a few steps, whose trace goes to `path`, for ui.perfetto.dev; without a path, nothing."""
+    if path is None:
+        yield SimpleNamespace(step=lambda: None)
+        return
+
+    def written(profiler):
+        profiler.export_chrome_trace(str(path))
+        tqdm.write(f"trace of {active} steps: {path}, for ui.perfetto.dev")
+    with torch.profiler.profile(schedule=torch.profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1),
+                                on_trace_ready=written) as profiler:
+        yield profiler
 
 
 class Log:
@@ -498,6 +613,8 @@ def choose(args):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above zero")
     if not 0 <= args.weight_decay < math.inf:
         raise UserError(f"--weight-decay {args.weight_decay}: expected zero or more")
+    if args.microbatch is not None and args.microbatch < 1:
+        raise UserError(f"--microbatch {args.microbatch}: expected one image or more, or no such flag for all at once")
     if not 0 <= args.seed < 2 ** 31:
         raise UserError(f"--seed {args.seed}: expected 0 to 2147483647")
     if args.out and (Path(args.out) / "last.pt").exists() and not args.checkpoint:
@@ -542,12 +659,17 @@ def train(args):
         model, tokenizer = first_on_each_machine(lambda: make_model(args, Model, config, recipe, texts))
     model.to(device)
     check_texts(model, tokenizer, training)
+    if args.recompute:
+        recompute_blocks(model)
+    if args.compile:
+        for tower in model.children():
+            tower.compile()  # in place: the names of the parameters, and so the checkpoints, stay what they are
     loader = data.Loader(training, args.batch, lambda samples, rngs: model.text_batch(samples, rngs, tokenizer),
                          seed=args.seed, rank=rank(), world=world())
-    optimizer = make_optimizer(model, args.weight_decay, args.image_lr)
+    optimizer = make_optimizer(model, args.weight_decay, args.image_lr, args.shard_optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     network = model
-    if world() > 1:
+    if world() > 1 and not args.microbatch:
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     # --- the run ---
@@ -560,7 +682,8 @@ def train(args):
         if resumed["images"] != len(training):
             raise UserError(f"{args.checkpoint} is of a run on {resumed['images']:,} training images; here are "
                             f"{len(training):,}: with other data it would not be the same run")
-        if step >= steps:
+        say(f"goes on after step {step} of {steps}")
+        if step >= steps and not restarted():
             raise UserError(f"{args.checkpoint} is the end of its run: {step} steps of {steps}; nothing to resume")
     if rank() == 0:
         folder = Path(args.checkpoint).parent if resumed else make_folder(args)
@@ -572,11 +695,13 @@ def train(args):
     say(f"{args.model} {args.config} on {args.data}: {device.type}{processes}, {precision}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(training):,} training images, "
         f"{len(validation):,} validation; batch {args.batch}, {per_epoch} steps an epoch, {steps:,} in all; "
-        f"an untrained model's loss is about {model.chance_loss(args.batch):.2f}")
+        f"a model that tells nothing apart has a loss of {model.chance_loss(args.batch):.2f}")
     say(gallery(validation) + (f"; zero-shot: {len(task.images)} pictures, {len(task.prompts)} classes, chance "
                                f"{100 / len(task.prompts):.1f} %" if task else ""))
 
-    def checkpoint(name):
+    def keep(name):
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.consolidate_state_dict()
         if rank() == 0:
             save(folder / name, model=args.model, config=asdict(model.config), tokenizer=tokenizer.state(),
                  weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
@@ -584,9 +709,11 @@ def train(args):
                  torch=str(torch.__version__))
 
     # --- the loop ---
-    waited, since, seen = 0.0, time.time(), 0
+    waited, since, seen, watch = 0.0, time.time(), 0, Watch(model.chance_loss(args.batch))
     batches = loader.stream(step, steps)
-    with Interrupt() as interrupt, tqdm(total=steps, initial=step, unit=" steps", **data.bar_options()) as bar:
+    trace = folder / "trace.json" if args.profile and rank() == 0 else None
+    with (Interrupt() as interrupt, profile(trace) as profiler,
+          tqdm(total=steps, initial=step, unit=" steps", **data.bar_options()) as bar):
         while step < steps:
             network.train()
             fetched = time.time()
@@ -595,10 +722,14 @@ def train(args):
             lr = learning_rate(step, steps, args.lr, args.warmup)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = lr * parameters["scale"]
-            torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + rank())  # dropout's
-            with autocast(device, precision):
-                losses = network(**batch)
-            scaler.scale(losses["loss"]).backward()
+            if args.microbatch:
+                losses = backward_in_parts(model, batch, args.microbatch, device, precision, scaler,
+                                           seed=f"{args.seed}/{step}/{rank()}")
+            else:
+                torch.manual_seed((args.seed * 1_000_003 + step) * 4_099 + rank())  # dropout's
+                with autocast(device, precision):
+                    losses = network(**batch)
+                scaler.scale(losses["loss"]).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
@@ -608,6 +739,7 @@ def train(args):
                 model.logit_scale.clamp_(max=math.log(100))  # as in the CLIP paper: more makes training unstable
             step, seen = step + 1, seen + args.batch
             bar.update()
+            profiler.step()
 
             stop = interrupt.asked(device)
             ended = step % per_epoch == 0 or step == steps
@@ -620,6 +752,7 @@ def train(args):
                                     "from before. Try a new run with a lower --lr, or --precision fp32")
                 rate, wait = seen / (time.time() - since), waited / (time.time() - since)
                 bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {rate:.0f} images/s, {wait:.0%} waiting for data")
+                watch.look(terms, scale)
                 row = dict(step=step, epoch=step / per_epoch, samples=step * args.batch, lr=lr, logit_scale=scale,
                            images_per_s=rate, wait=wait, **terms)
                 scores = {}
@@ -634,11 +767,11 @@ def train(args):
                     mean = (scores["i2t_r1"] + scores["t2i_r1"]) / 2
                     better, best = mean > best, max(mean, best)
                     if better:
-                        checkpoint("best.pt")
-                    checkpoint("last.pt")  # after best.pt: a run killed between the two evaluates this epoch again
+                        keep("best.pt")
+                    keep("last.pt")  # after best.pt: a run killed between the two evaluates this epoch again
                     since, seen, waited = time.time(), 0, 0.0
                 elif stop:
-                    checkpoint("last.pt")
+                    keep("last.pt")
                 if stop and step < steps:
                     if rank() == 0:
                         say(f"stopped after step {step} of {steps}; go on with: python train.py --resume {folder}")
@@ -650,6 +783,8 @@ def train(args):
         del network, losses  # they hold the process group, whose threads abort a process that exits with them
         dist.destroy_process_group()
     if first:
+        if peak := peak_memory(device):
+            say(f"peak memory: {peak / 2 ** 30:.2f} GiB{' of the GPU' if device.type == 'cuda' else ''} a process")
         finish(args, folder, minutes + (time.time() - began) / 60)
 
 
@@ -832,7 +967,16 @@ def parse(argv):
     add("--weight-decay", type=float)
     add("--warmup", type=float, help="share of the steps in which the learning rate rises, 0 to 1")
     add("--seed", type=int, default=0)
+    # how it is computed, which changes nothing of what is computed
     add("--precision", choices=("fp32", "bf16", "fp16"), help="(default: what the device is best at)")
+    add("--microbatch", type=int, metavar="N", help="encode N images a process at a time: less memory, a second "
+                                                    "forward pass, and still one batch of all")
+    switch = argparse.BooleanOptionalAction
+    add("--recompute", action=switch, default=False, help="keep the inputs of blocks alone for the backward pass: much "
+                                                          "less memory, a second forward pass")
+    add("--compile", action=switch, default=False, help="compile the towers: a minute's wait, then faster")
+    add("--shard-optimizer", action=switch, default=False, help="share AdamW's moments out over the processes")
+    add("--profile", action=switch, default=False, help="write trace.json, a profile of three steps")
     # instead of a new run
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", metavar="RUN", help="go on with the run in this folder; its settings come from its last.pt")
@@ -841,6 +985,11 @@ def parse(argv):
     add("--search", nargs=3, metavar=("CHECKPOINT", "FOLDER", "QUERY"),
         help="find the pictures of a folder that fit a query best; writes search.png (into --out)")
     return parser, parser.parse_args(argv)
+
+
+def restarted():
+    """Whether torchrun (--max-restarts) or SLURM (--requeue) runs the same command again, after a process was lost."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def settle(argv):
@@ -853,6 +1002,9 @@ def settle(argv):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("--search is for one process: start it with python, not with torchrun")
         return args
+    if restarted() and args.out and not args.resume and not args.eval and (Path(args.out) / "last.pt").exists():
+        argv = [*(sys.argv[1:] if argv is None else argv), "--resume", args.out]  # the same command, but not anew
+        args = parser.parse_args(argv)
     path = Path(args.resume) / "last.pt" if args.resume and Path(args.resume).is_dir() else args.resume or args.eval
     if path:
         if args.resume and released(path):
@@ -861,7 +1013,8 @@ def settle(argv):
         saved = {**vars(parser.parse_args([])), **saved_flags(path)}
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "eval")})
         args = parser.parse_args(argv)
-        movable = {"resume", "eval", "cache", "root", "checkpoint"} | ({"data", "precision"} if args.eval else set())
+        movable = {"resume", "eval", "cache", "root", "checkpoint", "microbatch", "recompute", "compile",
+                   "shard_optimizer", "profile"} | ({"data", "precision"} if args.eval else set())
         for name, value in vars(args).items():
             if name not in movable and value != saved.get(name, value):
                 what = "an evaluation" if args.eval else "a resumed run"

@@ -414,7 +414,7 @@ def test_the_values_at_birth():
     assert model.logit_scale.item() == pytest.approx(2.6592, abs=1e-4)
     assert math.log(16) < losses["contrastive"] < math.log(16) + 3
     chance = math.log(16) + 2 * math.log(model.config.vocab_size)
-    assert model.chance_loss(16) == pytest.approx(chance) and chance < losses["loss"] < chance + 6
+    assert chance < losses["loss"] < chance + 6
     assert losses["captioning"].item() == pytest.approx(2 * math.log(500), abs=1)
     for name in losses:
         assert rough[name].dtype == torch.float32

@@ -8,11 +8,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [name for name in ("clip.py", "liteclip.py", "prolip.py", "llip.py", "clips.py") if (ROOT / name).exists()]
 OWN = {"Config", "ImageEncoder", "TextEncoder"}  # of the same name in every file, and every file's own
-METHODS = {"similarity", "chance_loss", "normalize", "tokenize", "text_batch", "forward"}  # of the model class
+METHODS = {"similarity", "chance_loss", "normalize", "tokenize", "text_batch", "forward", "encode", "loss"}  # of the model class
 DIFFERENT = {  # where a paper, or its published code, wants something else of what the others share
-    "prolip.py": {"model.similarity", "model.tokenize", "model.text_batch", "model.forward", "ZeroShotPipeline"},
-    "llip.py": {"model.similarity", "model.forward"},
-    "clips.py": {"model.tokenize", "model.text_batch", "model.forward", "model.chance_loss"}}
+    "prolip.py": {"model.similarity", "model.tokenize", "model.text_batch", "model.forward", "model.encode",
+                  "model.loss", "ZeroShotPipeline"},
+    "llip.py": {"model.similarity", "model.forward", "model.loss"},
+    "clips.py": {"model.tokenize", "model.text_batch", "model.forward", "model.encode", "model.loss"}}
 
 
 def definitions(name):

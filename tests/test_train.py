@@ -569,7 +569,7 @@ def test_a_model_trains_resumes_and_is_used(name, pictures, tmp_path, monkeypatc
     rows = list(csv.DictReader(open(tmp_path / "whole" / "log.csv")))
     terms = [float(rows[-1][term]) for term in getattr(Model, "terms", ())]
     assert not terms or sum(terms) == pytest.approx(float(rows[-1]["loss"]), rel=1e-4)
-    assert f"| {name} tiny | " in printed and "an untrained model's loss is about" in printed
+    assert f"| {name} tiny | " in printed and "a model that tells nothing apart has a loss of" in printed
     command = re.search(rf'use it:   python ({name}.py \S+) PICTURE "(.*)" "(.*)"', printed)
 
     flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "halves")
