@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import csv
 import functools
+import glob
 import gzip
 import hashlib
 import heapq
@@ -27,9 +28,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import string
 import struct
 import sys
+import tarfile
 import time
 import unicodedata
 import urllib.request
@@ -591,10 +594,12 @@ GENERATED = ("shapes", "shapes-ko")
 NAMES = (*GENERATED, "flickr8k", "flickr30k", "coco")
 
 
-def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0):
+def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0, samples=None):
     """The "train", "val" or "test" split of a data set (a name of NAMES, or one's own folder, .csv or .json) -> Split.
 
-    size: pixels a side; root: where the files of a named data set lie; cache: where decoded pictures are kept.
+    Of tar shards ("shards/{00000..00099}.tar", or with *) "train" is Shards, which are streamed.
+    size: pixels a side; root: where the files of a named data set lie; cache: where decoded pictures are kept; samples:
+    how many pictures of shards are an epoch (without it: as many as there are).
     Raises UserError, in one line, for whatever the user can mend.
     """
     if split not in SHAPES_COUNTS:
@@ -604,6 +609,8 @@ def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0):
     if root is not None and not Path(root).is_dir():
         found = "a file; expected the folder that holds it" if Path(root).exists() else "no such folder"
         raise UserError(f"--root {root}: {found}")
+    if is_shards(name):
+        return load_shards(str(name), split, size, fit, cache, samples)
     if name == "flickr8k":
         records = flickr8k(root)
     elif name in ("flickr30k", "coco"):
@@ -768,7 +775,7 @@ def own_pictures(name):
                 return own_pictures(path / table)
         return read_folder(path)
     if path.suffix.lower() not in (".csv", ".json"):
-        raise UserError(f"--data {name}: expected a folder, a .csv or a .json")
+        raise UserError(f"--data {name}: expected a folder, a .csv, a .json or shards (.tar)")
     return read_csv(path) if path.suffix.lower() == ".csv" else read_json(path)
 
 
@@ -917,7 +924,7 @@ class Loader:
             raise UserError(f"--batch {batch} does not divide among {world} processes")
         self.split, self.batch, self.text_batch = split, batch, text_batch
         self.seed, self.rank, self.world = seed, rank, world
-        self.steps_per_epoch = len(split) // batch
+        self.steps_per_epoch, self.broken = len(split) // batch, 0
         self.pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count()))
 
     @functools.lru_cache(2)
@@ -925,6 +932,9 @@ class Loader:
         rows = list(range(len(self.split)))
         random.Random(f"order/{self.seed}/{epoch}").shuffle(rows)
         return rows
+
+    def state(self):
+        return None  # the step is enough
 
     def batch_at(self, step):
         """-> {"images": uint8 (B / world, 3, S, S), and what text_batch returns}."""
@@ -962,6 +972,238 @@ def augment(pixels, rng, flip, scale=(0.5, 1.0)):
     left, top = rng.uniform(0, size - w), rng.uniform(0, size - h)
     image = Image.fromarray(pixels).resize((size, size), Image.BILINEAR, box=(left, top, left + w, top + h))
     return np.asarray(ImageOps.mirror(image) if flip and rng.random() < 0.5 else image)
+
+
+# === shards: tar files of pictures and captions, streamed ============================================================
+# For what fits neither into memory nor into a cache. A shard is a plain .tar: KEY.jpg (.png, .webp, ...) and, next to it,
+# KEY.txt (a caption a line) or KEY.json with "caption", or with Recap-DataComp's "org_caption" and "re_caption".
+
+BUFFER = 5000  # samples, as places in the files, among which a reader draws the next one
+
+Place = collections.namedtuple("Place", "turn drawn")  # of a reader: its pass over the shards, samples drawn in it
+
+
+@dataclass
+class Shards:
+    """Training pictures in shards. An epoch is `count` of them, wherever the readers are; the last shard is kept apart."""
+    name: str
+    paths: list
+    samples: list  # those of the first shard, for a tokenizer to learn from; without the pictures
+    count: int
+    size: int
+    fit: str
+
+    def __len__(self):
+        return self.count
+
+
+def is_shards(name):
+    return str(name).endswith(".tar")
+
+
+def shard_paths(pattern):
+    """"shards/{00000..00099}.tar" or "shards/*.tar" -> the paths."""
+    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if brace:
+        first, last = brace.groups()
+        paths = [Path(pattern[:brace.start()] + str(i).zfill(len(first)) + pattern[brace.end():])
+                 for i in range(int(first), int(last) + 1)]
+    else:
+        paths = sorted(map(Path, glob.glob(pattern)))
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"--data {pattern}: {len(missing)} of {len(paths)} shards are not there: {', '.join(missing[:3])}"
+                        + (", ..." if len(missing) > 3 else ""))
+    if len(paths) < 2:
+        raise UserError(f"--data {pattern}: {len(paths)} shards found; expected two or more, as the last one is kept for "
+                        "validation and test")
+    return paths
+
+
+@functools.lru_cache(4)
+def shard_index(path):
+    """-> where the samples of a shard lie, [(key, {"jpg": (offset, bytes), ...}), ...], and what broke it off, or None.
+
+    Reads the headers alone. Nothing is ever unpacked, so that no name in an archive can do any harm.
+    """
+    samples, error = {}, None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, name = os.path.split(member.name)
+                    key, _, suffix = name.partition(".")
+                    samples.setdefault(os.path.join(folder, key), {})[suffix.lower()] = member.offset_data, member.size
+    except (OSError, tarfile.TarError) as problem:
+        error = f"{problem}; expected a .tar that is not compressed"
+    return list(samples.items()), error
+
+
+def read_part(path, place):
+    with open(path, "rb") as file:
+        file.seek(place[0])
+        content = file.read(place[1])
+    if len(content) < place[1]:
+        raise PictureError("the shard ends in the middle of it")
+    return content
+
+
+def read_captions(path, parts):
+    """The texts of a sample of a shard -> Sample."""
+    try:
+        lines = read_part(path, parts["txt"]).decode("utf-8-sig").splitlines() if "txt" in parts else []
+        entry = json.loads(read_part(path, parts["json"])) if "json" in parts else {}
+    except (ValueError, OSError) as error:
+        raise PictureError(f"its captions cannot be read ({type(error).__name__})") from None
+    entry = entry if isinstance(entry, dict) else {}
+    texts = {key: " ".join(entry[key].split()) if isinstance(entry.get(key), str) else ""
+             for key in ("caption", "org_caption", "re_caption")}
+    web, long = texts["org_caption"] or None, texts["re_caption"] or None
+    captions = [line.strip() for line in lines if line.strip()] or list(filter(None, [texts["caption"] or web or long]))
+    if not captions:
+        raise PictureError("no caption: expected KEY.txt, or KEY.json with caption, or org_caption and re_caption")
+    return Sample(captions, long, web)
+
+
+def read_shard_sample(path, parts, size, fit):
+    """-> uint8 (size, size, 3), Sample; or a PictureError for one that is broken."""
+    picture = next((suffix for suffix in parts if is_picture(f"x.{suffix}")), None)
+    if picture is None:
+        raise PictureError("no picture")
+    sample = read_captions(path, parts)
+    return read_picture(read_part(path, parts[picture]), size, fit), sample
+
+
+def load_shards(pattern, split, size, fit, cache, count):
+    """"train" -> Shards; "val" and "test" -> a Split each, of one half of the last shard, 1,000 pictures at most."""
+    *paths, held_out = shard_paths(pattern)
+    if split != "train":
+        entries, error = shard_index(held_out)
+        entries = [(str(held_out), key, parts) for key, parts in entries[split == "test"::2]][:1000]
+        if len(entries) < 2:
+            raise UserError(f"{held_out}: {error or 'it holds fewer than four samples'}; as the last shard it is kept for "
+                            "validation and test")
+
+        def read(source, size, fit):
+            return read_shard_sample(source[0], parts_of[source], size, fit)[0]
+        parts_of = {entry[:2]: entry[2] for entry in entries}
+        images, kept = cache_pictures(f"{Path(pattern).parent.name}-{split}", list(parts_of), size, fit, cache, read)
+        kept = [entries[i] for i in kept]
+        return Split(f"{pattern} {split}", images, [read_captions(path, parts) for path, _, parts in kept], augment=True)
+    samples = []
+    for _, parts in shard_index(paths[0])[0]:
+        with contextlib.suppress(PictureError):
+            samples.append(read_captions(paths[0], parts))
+    if not samples:
+        raise UserError(f"{paths[0]}: {shard_index(paths[0])[1] or 'no sample with a caption'}; expected KEY.jpg with "
+                        "KEY.txt, or KEY.json, for each picture")
+    if count is None:
+        count = sum(len(shard_index(path)[0]) for path in paths)
+    return Shards(f"{pattern} train", paths, samples, count, size, fit)
+
+
+class ShardReader(torch.utils.data.IterableDataset):
+    """Batches of pictures and texts, read by `workers` processes for each of `world` training processes, or by none.
+
+    Every pass over the shards deals them out anew: reader g of G gets each G-th of the shuffled list, so that together
+    they read every sample once. What does not fill a batch at the end of a reader's pass is dropped. A reader draws
+    from a buffer of places in the files; which one follows from the seed alone, so a place is all there is to resuming.
+    """
+    def __init__(self, shards, batch, seed, rank, world, workers, places, step):
+        self.shards, self.batch, self.seed, self.places, self.step = shards, batch, seed, places, step
+        self.rank, self.world, self.workers = rank, world, max(1, workers)
+
+    def draw(self, reader, turn):
+        """The samples of a reader's pass in their order: (path, key, parts) each, or (path, None, what broke it off)."""
+        paths = list(self.shards.paths)
+        random.Random(f"shards/{self.seed}/{turn}").shuffle(paths)
+        rng, buffer = random.Random(f"buffer/{self.seed}/{turn}/{reader}"), []
+        for path in paths[reader::self.world * self.workers]:
+            entries, error = shard_index(path)
+            for entry in [(path, *entry) for entry in entries] + ([(path, None, error)] if error else []):
+                if len(buffer) < BUFFER:
+                    buffer.append(entry)
+                else:
+                    i = rng.randrange(BUFFER)
+                    yield buffer[i]
+                    buffer[i] = entry
+        rng.shuffle(buffer)
+        yield from buffer
+
+    def __iter__(self):
+        process = torch.utils.data.get_worker_info()
+        if process:  # what ends a run is for the training process, which finishes its step and then ends its workers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        worker = ((process.id if process else 0) + self.step) % self.workers  # resumed, another one's turn is first
+        reader = self.rank * self.workers + worker
+        (turn, drawn), broken = self.places[worker], []
+        while True:
+            batches, images, samples, rngs = 0, [], [], []
+            for number, (path, key, parts) in enumerate(self.draw(reader, turn), 1):
+                if number <= drawn:
+                    continue
+                try:
+                    if key is None:
+                        raise PictureError(parts)
+                    pixels, sample = read_shard_sample(path, parts, self.shards.size, self.shards.fit)
+                except PictureError as error:
+                    broken.append(f"{path}{f', {key}' if key else ''}: {error}")
+                    continue
+                rng = random.Random(f"sample/{self.seed}/{turn}/{reader}/{number}")
+                images.append(augment(pixels, rng, sample.mirrored_is_true))
+                samples.append(sample)
+                rngs.append(rng)
+                if len(images) == self.batch:
+                    yield np.stack(images), samples, rngs, broken, worker, Place(turn, number)
+                    batches, images, samples, rngs, broken = batches + 1, [], [], [], []
+            if not batches and not drawn:
+                yield None  # too little for a batch: the user is told, by the process that talks
+            turn, drawn = turn + 1, 0
+
+
+class ShardLoader:
+    """As Loader, for Shards. `state()` is what a resumed run needs to know of how far the readers are."""
+    def __init__(self, shards, batch, text_batch, seed=0, rank=0, world=1, workers=2, state=None):
+        readers = world * max(1, workers)
+        if batch < 2 or batch % world:
+            raise UserError(f"--batch {batch}: expected two or more, a multiple of the {world} processes")
+        if batch > len(shards):
+            raise UserError(f"--batch {batch} is larger than an epoch of {len(shards)} pictures (--samples)")
+        if len(shards.paths) < readers:
+            raise UserError(f"{len(shards.paths)} shards to train on, for {world} processes with {max(1, workers)} workers "
+                            "each: every reader needs one; lower --workers, or make more and smaller shards")
+        if state and state["readers"] != [world, workers]:
+            raise UserError("this run was on {0} processes with {1} workers each, here are {2} with {3}: the shards would "
+                            "be dealt out otherwise. Give --workers {1}, and as many processes"
+                            .format(*state["readers"], world, workers))
+        self.shards, self.batch, self.text_batch = shards, batch, text_batch
+        self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
+        self.steps_per_epoch, self.broken = len(shards) // batch, 0
+        self.places = ([Place(*place) for place in state["places"][rank]] if state
+                       else [Place(0, 0)] * max(1, workers))
+
+    def state(self):
+        """Of this process."""
+        return [list(place) for place in self.places]
+
+    def stream(self, first, last):
+        """The batches of steps first to last - 1."""
+        reader = ShardReader(self.shards, self.batch // self.world, self.seed, self.rank, self.world, self.workers,
+                             list(self.places), first)
+        batches = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=self.workers,
+                                              collate_fn=lambda batch: batch,
+                                              prefetch_factor=2 if self.workers else None)
+        for _, batch in zip(range(first, last), batches):
+            if batch is None:
+                raise UserError(f"{self.shards.name}: a reader's share of the shards has fewer good pictures than the "
+                                f"{self.batch // self.world} of its batch; lower --workers or --batch")
+            images, samples, rngs, broken, worker, place = batch
+            self.places[worker] = place
+            for problem in broken[:max(0, 3 - self.broken)]:
+                say(f"left out: {problem}" + ("; of more like it, the number" if self.broken == 2 else ""))
+            self.broken += len(broken)
+            yield {"images": torch.from_numpy(images).permute(0, 3, 1, 2), **self.text_batch(samples, rngs)}
 
 
 # === tokenizers ======================================================================================================

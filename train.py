@@ -547,6 +547,15 @@ class Log:
             say(f"cannot write {self.path}: {error.strerror}")
 
 
+def from_all(value):
+    """A value of plain types from each process, as a list."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def first_on_each_machine(function):
     """Call it in one process a machine, then in the others: the first one builds the caches and downloads."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -613,6 +622,11 @@ def choose(args):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above zero")
     if not 0 <= args.weight_decay < math.inf:
         raise UserError(f"--weight-decay {args.weight_decay}: expected zero or more")
+    for name, least in (("samples", 2), ("workers", 0)):
+        if getattr(args, name) is not None and not data.is_shards(args.data):
+            raise UserError(f"--{name} is for shards (--data 'shards/*.tar'), not for {args.data}")
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: expected {least} or more")
     if args.microbatch is not None and args.microbatch < 1:
         raise UserError(f"--microbatch {args.microbatch}: expected one image or more, or no such flag for all at once")
     if not 0 <= args.seed < 2 ** 31:
@@ -622,13 +636,25 @@ def choose(args):
     return Model, home(Model).sizes(Model)[args.config], recipe
 
 
+def make_loader(args, training, text_batch, resumed):
+    options = dict(seed=args.seed, rank=rank(), world=world())
+    if isinstance(training, data.Shards):
+        if args.workers is None:
+            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            args.workers = max(1, min(8, cores, len(training.paths) // world()))
+        return data.ShardLoader(training, args.batch, text_batch, workers=args.workers,
+                                state=resumed and resumed["loader"], **options)
+    return data.Loader(training, args.batch, text_batch, **options)
+
+
 def make_folder(args):
     """The run's folder: --out, or the first of runs/MODEL-DATA, ...-2, ...-3 that is not there yet."""
     try:
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
             return Path(args.out)
-        name = f"{args.model}-{Path(args.data).resolve().stem}"
+        place = Path(args.data).resolve()
+        name = f"{args.model}-{place.parent.name if data.is_shards(place) else place.stem}"
         for i in itertools.count(1):
             folder = Path("runs") / (name if i == 1 else f"{name}-{i}")
             with contextlib.suppress(FileExistsError):  # so that two runs at once never share a folder
@@ -664,8 +690,7 @@ def train(args):
     if args.compile:
         for tower in model.children():
             tower.compile()  # in place: the names of the parameters, and so the checkpoints, stay what they are
-    loader = data.Loader(training, args.batch, lambda samples, rngs: model.text_batch(samples, rngs, tokenizer),
-                         seed=args.seed, rank=rank(), world=world())
+    loader = make_loader(args, training, lambda samples, rngs: model.text_batch(samples, rngs, tokenizer), resumed)
     optimizer = make_optimizer(model, args.weight_decay, args.image_lr, args.shard_optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     network = model
@@ -702,11 +727,12 @@ def train(args):
     def keep(name):
         if isinstance(optimizer, ZeroRedundancyOptimizer):
             optimizer.consolidate_state_dict()
+        places = {"readers": [world(), args.workers], "places": from_all(loader.state())}
         if rank() == 0:
             save(folder / name, model=args.model, config=asdict(model.config), tokenizer=tokenizer.state(),
                  weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                 images=len(training), best=best, minutes=minutes + (time.time() - began) / 60, args=vars(args),
-                 torch=str(torch.__version__))
+                 loader=places, images=len(training), best=best, minutes=minutes + (time.time() - began) / 60,
+                 args=vars(args), torch=str(torch.__version__))
 
     # --- the loop ---
     waited, since, seen, watch = 0.0, time.time(), 0, Watch(model.chance_loss(args.batch))
@@ -757,6 +783,8 @@ def train(args):
                            images_per_s=rate, wait=wait, **terms)
                 scores = {}
                 if ended:
+                    if broken := sum(from_all(loader.broken)):
+                        say(f"{broken:,} broken samples of the shards were left out so far")
                     scores, _ = evaluate(model, tokenizer, validation, task, precision)
                     bar.clear()
                     say(f"epoch {step / per_epoch:.3g}: loss {loss:.3f}, {rate:.0f} images/s, "
@@ -807,7 +835,8 @@ def finish(args, folder, minutes):
 
 
 def load_split(args, config, name):
-    return data.load(args.data, name, config.image_size, args.root, getattr(config, "fit", "crop"), args.cache)
+    return data.load(args.data, name, config.image_size, args.root, getattr(config, "fit", "crop"), args.cache,
+                     samples=args.samples)
 
 
 def test(args, path, device, minutes=None):
@@ -953,12 +982,15 @@ def parse(argv):
     add = parser.add_argument
     add("--model", default="liteclip", help=f"one of {', '.join(MODELS)} (default liteclip)")
     add("--config", help="a size of that model (default: the tiny one for shapes, else the published one)")
-    add("--data", help=f"{', '.join(data.NAMES)}, or your own folder, .csv or .json (default: shapes, in the "
-                       "model's language)")
+    add("--data", help=f"{', '.join(data.NAMES)}, or your own folder, .csv, .json or shards, such as "
+                       "'shards/{00000..00099}.tar' (default: shapes, in the model's language)")
     add("--root", help="where the files of a named data set lie (default: download flickr8k to data/flickr8k)")
     add("--cache", default="data/cache", help="where decoded pictures, weights and features go (default data/cache)")
     add("--out", help="the run's folder (default runs/MODEL-DATA); of --search: the sheet's (default here)")
     add("--scratch", action="store_true", help="start from random weights where the recipe starts from published ones")
+    add("--samples", type=int, help="of tar shards: how many pictures are an epoch (default: all of them, counted)")
+    add("--workers", type=int, help="of tar shards: reading processes for each training process (0: none; default: one "
+                                    "a core, 8 at most)")
     # training; what is not given comes from the recipe of the configuration
     add("--epochs", type=float, help="passes over the training images")
     add("--batch", type=int, help="images a step, over all processes together")

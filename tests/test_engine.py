@@ -1,4 +1,4 @@
-"""One global batch, however it is split: over processes, over microbatches, over both; and what else the engine does."""
+"""One global batch, however it is split: over processes, microbatches, or both; and what else the engine does."""
 import json
 import math
 import os
