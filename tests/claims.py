@@ -2,11 +2,13 @@
 
     python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 5 minutes on two cores
     python tests/claims.py llip              # numbers of tokens, what is not mixed, temperature; 21 runs
+    python tests/claims.py clips             # which part of a long caption, how much of it, captioner; 30 runs
 
 Runs go to runs/claims/ and are used again when they are there. --seeds 0 for one run, --out FOLDER for the pictures.
 """
 import argparse
 import random
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -17,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import clips  # noqa: E402
 import data  # noqa: E402
 import llip  # noqa: E402
 import prolip  # noqa: E402
@@ -347,10 +350,166 @@ def draw_llip(path, model, tokenizer, key="0/test/20", side=224, gap=16):
     print(f"picture: {path}")
 
 
+# === CLIPS ===========================================================================================================
+
+class WebAlone(clips.CLIPS):
+    """The web's caption in the place of the synthetic one's part, too."""
+    def text_batch(self, samples, rngs, tokenizer):
+        batch = super().text_batch(samples, rngs, tokenizer)
+        return batch | {"sub_tokens": batch["tokens"]}
+
+
+WebAlone.__module__ = "clips"  # whose sizes and recipes it has
+train.MODELS["clips-webalone"] = WebAlone
+
+PARTS = {"first": "the first tokens", "block": "a block of tokens", "random": "tokens from anywhere"}
+LENGTHS = (8, 16)  # tokens of the synthetic caption; a whole one has 20 to 75
+WHOLE = {"shorten": "first", "shorten_to": 77, "context_length": 80}
+ALONE = {"caption_layers": 0}  # without the captioner
+TRAININGS = {  # what is compared: (model, part of the run's name, changes to the tiny configuration)
+    "web caption alone": ("clips-webalone", "", ALONE),
+    **{f"{words}, {length}": ("clips", f"-{how}{length}", {"shorten": how, "shorten_to": length, **ALONE})
+       for how, words in PARTS.items() for length in LENGTHS},
+    "one sentence": ("clips", "-sentence", ALONE),
+    "the whole": ("clips", "-whole", {**WHOLE, **ALONE}),
+    "one sentence, and the captioner": ("clips", "-captioner", {}),
+}
+
+
+def clips_claims(seeds, out, epochs="2"):
+    size = clips.CONFIGS["tiny"].image_size
+    split, task = data.load("shapes", "test", size), data.load_zero_shot("shapes", size)
+    found, note = table()
+    points = {}  # name -> mean R@1 and zero-shot of each seed
+    for seed in seeds:
+        for name, (model, variant, changes) in TRAININGS.items():
+            model, tokenizer = trained(model, seed, variant, ("--epochs", epochs), **changes)
+            scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+            for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
+                note(f"{name}: {what}, %", scores[key])
+            points.setdefault(name, []).append(((scores["i2t_r1"] + scores["t2i_r1"]) / 2, scores["zs_all"]))
+        lengths = [len(tokenizer.encode(sample.long)) for sample in split.samples]
+        part = [len(tokenizer.encode(s)) for sample in split.samples for s in re.split("[.!]+", sample.long) if s.strip()]
+
+        model, tokenizer = trained("clips", seed)  # the whole recipe, with its captioner
+        scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+        for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
+            note(f"the whole recipe: {what}, %", scores[key])
+        for web in (False, True):
+            for name, value in caption_quality(model, tokenizer, split, web).items():
+                note(name, value)
+        if seed == seeds[0]:
+            draw_captions(out / "clips-captions.png", model, tokenizer, split)
+    draw_lengths(out / "clips.png", points, statistics.mean(lengths), statistics.mean(part))
+    report(f"CLIPS tiny on shapes, {epochs} epochs, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
+
+
+def written(model, tokenizer, split, web=False, rows=slice(None)):
+    """What the captioner says of pictures of a split, with or without their web captions."""
+    samples = split.samples[rows]
+    images = torch.from_numpy(np.ascontiguousarray(split.images[rows])).permute(0, 3, 1, 2)
+    return model.caption(images, tokenizer, model.tokenize([s.web for s in samples], tokenizer) if web else None)
+
+
+def sentences(text):
+    return [part.strip() for part in text.lower().split(".") if part.strip()]
+
+
+def caption_quality(model, tokenizer, split, web):
+    """How much of the synthetic captions is said, by the number of things in the picture."""
+    found = {}
+    for i, text in enumerate(written(model, tokenizer, split, web)):
+        truth = sentences(split.samples[i].long)
+        things = ("one shape", "two shapes", "three shapes").index(truth[0].removeprefix("the picture shows ")) + 1
+        truth = [s for s in truth if s != "nothing else is in the picture"]  # said of every second picture, by chance
+        said = [s for s in sentences(text) if s != "nothing else is in the picture"]
+        found.setdefault(things, []).append((said == truth, sum(s in said for s in truth) / len(truth)))
+    given = "with the web caption" if web else "from the picture alone"
+    return {f"captions {given}, {things} thing{'s' * (things > 1)}: {what}, %": 100 * statistics.mean(values)
+            for things, rows in sorted(found.items())
+            for what, values in zip(("all right", "sentences right"), zip(*rows))}
+
+
+def wrap(text, pen, font, width):
+    lines = [""]
+    for word in text.split():
+        if pen.textlength(f"{lines[-1]} {word}", font=font) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def draw_captions(path, model, tokenizer, split, count=6, side=128, gap=16, width=860):
+    """Pictures, what the web says of them, what a captioner said, and what the model says from the picture alone."""
+    said = written(model, tokenizer, split, rows=slice(count))
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    sheet = Image.new("RGB", (width, count * (side + gap) + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (sample, text) in enumerate(zip(split.samples, said)):
+        y = gap + i * (side + gap)
+        sheet.paste(Image.fromarray(data.draw(data.make_scene(f"0/test/{i}"), side)), (gap, y))
+        for label, words, colour in (("web", sample.web, "gray"), ("synthetic", sample.long, "gray"),
+                                     ("written", text, "black")):
+            pen.text((side + 2 * gap, y), label, fill=(70, 110, 200), font=small)
+            for line in wrap(words, pen, font, width - side - 4 * gap - 64):
+                pen.text((side + 2 * gap + 68, y - 1), line, fill=colour, font=font)
+                y += 19
+            y += 5
+    sheet.save(path)
+    print(f"picture: {path}")
+
+
+def draw_lengths(path, points, whole, sentence, width=400, height=300):
+    """The inverse effect: accuracy against how much of the synthetic caption is contrasted, a line for each way."""
+    colours = {"first": (214, 48, 49), "block": (64, 160, 74), "random": (240, 138, 36)}
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    sheet = Image.new("RGB", (2 * width, height + 60), "white")
+    pen = ImageDraw.Draw(sheet)
+    for panel, title in enumerate(("mean R@1, %", "zero-shot, %")):
+        means = {name: statistics.mean(values[panel] for values in rows) for name, rows in points.items()}
+        spread = {name: statistics.pstdev([values[panel] for values in rows]) for name, rows in points.items()}
+        low = min(means[name] - spread[name] for name in means)
+        high = max(means[name] + spread[name] for name in means)
+        left, top, right, bottom = panel * width + 48, 40, (panel + 1) * width - 20, height
+
+        def x(tokens):
+            return left + (right - left - 20) * tokens / (whole * 1.1) + 10
+
+        def y(value):
+            return bottom - (bottom - top) * (value - low) / (high - low)
+        pen.text((left, 10), title, fill="black", font=font)
+        pen.line((left, top, left, bottom + 6, right, bottom + 6), fill="gray")
+        for value in (low, (low + high) / 2, high):
+            pen.text((left - 36, y(value) - 7), f"{value:.0f}", fill="gray", font=small)
+        for tokens in (*LENGTHS, round(whole)):
+            pen.text((x(tokens) - 6, bottom + 10), str(tokens), fill="gray", font=small)
+        pen.text((left + 60, bottom + 28), "tokens of the synthetic caption (mean)", fill="gray", font=small)
+
+        def mark(tokens, name, colour):
+            centre, value, sd = x(tokens), means[name], spread[name]
+            pen.line((centre, y(value - sd), centre, y(value + sd)), fill=colour)
+            pen.ellipse((centre - 4, y(value) - 4, centre + 4, y(value) + 4), fill=colour)
+            return centre, y(value)
+        for how, colour in colours.items():
+            ends = [mark(length, f"{PARTS[how]}, {length}", colour) for length in LENGTHS]
+            pen.line([*ends, mark(whole, "the whole", (0, 0, 0))], fill=colour, width=2)
+        mark(whole, "the whole", (0, 0, 0))
+        mark(sentence, "one sentence", (44, 92, 214))
+        level = y(means["web caption alone"])
+        for dash in range(int(left), int(right), 10):
+            pen.line((dash, level, dash + 5, level), fill="gray")
+    legend = [(PARTS[how], colour) for how, colour in colours.items()] + [
+        ("one sentence", (44, 92, 214)), ("the whole", (0, 0, 0)), ("- - web caption alone", (128, 128, 128))]
+    for i, (text, colour) in enumerate(legend):
+        pen.text((30 + i * 128, height + 44), text, fill=colour, font=small)
+    sheet.save(path)
+    print(f"picture: {path}")
+
+
 # =====================================================================================================================
 
 if __name__ == "__main__":
-    claims = {"prolip": prolip_claims, "llip": llip_claims}
+    claims = {"prolip": prolip_claims, "llip": llip_claims, "clips": clips_claims}
     parser = argparse.ArgumentParser(description="The papers' claims on generated pictures.")
     parser.add_argument("model", choices=claims)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
