@@ -8,7 +8,6 @@ Runs go to runs/claims/ and are used again when they are there. --seeds 0 for on
 """
 import argparse
 import random
-import re
 import statistics
 import sys
 from dataclasses import replace
@@ -367,7 +366,7 @@ LENGTHS = (8, 16)  # tokens of the synthetic caption; a whole one has 20 to 75
 WHOLE = {"shorten": "first", "shorten_to": 77, "context_length": 80}
 ALONE = {"caption_layers": 0}  # without the captioner
 TRAININGS = {  # what is compared: (model, part of the run's name, changes to the tiny configuration)
-    "web caption alone": ("clips-webalone", "", ALONE),
+    "web caption alone": ("clips-webalone", "-alone", ALONE),
     **{f"{words}, {length}": ("clips", f"-{how}{length}", {"shorten": how, "shorten_to": length, **ALONE})
        for how, words in PARTS.items() for length in LENGTHS},
     "one sentence": ("clips", "-sentence", ALONE),
@@ -389,7 +388,7 @@ def clips_claims(seeds, out, epochs="2"):
                 note(f"{name}: {what}, %", scores[key])
             points.setdefault(name, []).append(((scores["i2t_r1"] + scores["t2i_r1"]) / 2, scores["zs_all"]))
         lengths = [len(tokenizer.encode(sample.long)) for sample in split.samples]
-        part = [len(tokenizer.encode(s)) for sample in split.samples for s in re.split("[.!]+", sample.long) if s.strip()]
+        part = [len(tokenizer.encode(text)) for sample in split.samples for text in sentences(sample.long)]
 
         model, tokenizer = trained("clips", seed)  # the whole recipe, with its captioner
         scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
