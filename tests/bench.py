@@ -1,5 +1,8 @@
 """Timings, as ratios of two things measured in turn in one process. Not a test: timings vary, tests must not.
 
+    python tests/bench.py models      # a training step of every model: time, memory, arithmetic
+                                      # (or of those named: models clip/vit-b-16 llip/vit-b-16-k32; --compile)
+    python tests/bench.py plan        # what the large sizes need of a GPU's memory, worked out without one
     python tests/bench.py step        # one liteclip training step against the published stack
                                       # (needs: pip install timm transformers)
     python tests/bench.py clip        # one vit-b-32 training step against open_clip's
@@ -12,16 +15,21 @@
 """
 import functools
 import itertools
+import math
 import platform
+import random
 import statistics
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip  # noqa: E402
@@ -258,6 +266,152 @@ def clips_step():
         print(f"{size}, batch {batch}: {medians['with the captioner']:.2f} s a step, {share:.0%} of it the captioner's")
 
 
+def texts_of(model, tokenizer, batch):
+    """A batch of generated captions, in the form the model wants."""
+    scenes = [data.make_scene(f"0/train/{i}") for i in range(batch)]
+    samples = [data.Sample(data.captions(s), data.long_caption(s), data.web_caption(s)) for s in scenes]
+    return model.text_batch(samples, [random.Random(i) for i in range(batch)], tokenizer)
+
+
+@functools.cache
+def some_tokenizer():
+    return data.BPE.train([data.long_caption(data.make_scene(f"0/train/{i}")) for i in range(1000)], vocab_size=1024)
+
+
+def matrix_rate(device, precision, seconds=1.0):
+    """Operations a second in a product of square matrices, of which a step can never have more."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        best = min(best, clock(lambda: a @ b, device))
+    return 2 * n ** 3 / best
+
+
+def clock(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+MEASURED = {  # model/size: images a step
+    "cpu": {"liteclip/tiny": 64, "clip/tiny": 64, "prolip/tiny": 64, "llip/tiny": 64, "clips/tiny": 64,
+            "liteclip/liteclip": 16, "clip/vit-b-32": 16},
+    "cuda": {"liteclip/liteclip": 512, "clip/vit-b-32": 2048, "clip/vit-b-16": 1024, "prolip/vit-b-16": 768,
+             "llip/vit-b-16-k32": 768, "clips/vit-l-14-224": 256, "clip/vit-l-14": 256},
+}
+
+
+def models(*names, compile=False):
+    """A table: training steps of whole models, captions as in data.py's shapes, pictures of noise."""
+    device = train.pick_device()
+    measured = MEASURED["cuda" if device.type == "cuda" else "cpu"]
+    precisions = ("bf16", "fp16", "fp32") if device.type == "cuda" else ("bf16", "fp32")
+    rates = {precision: matrix_rate(device, precision) for precision in precisions}
+    print("matrix products: " + ", ".join(f"{p} {rate / 1e12:.2f} TFLOP/s" for p, rate in rates.items()))
+    print("| model | precision | batch | ms a step | images/s | peak GiB | TFLOP/s | of the matrix rate |\n"
+          + "|---" * 8 + "|")
+    for name in names or measured:
+        kind, size = name.split("/")
+        config = train.home(train.MODELS[kind]).CONFIGS[size]
+        for precision in precisions:
+            torch.manual_seed(0)
+            model = train.MODELS[kind](config).to(device).train()
+            batch = texts_of(model, some_tokenizer(), measured.get(name, 64))
+            batch["images"] = torch.randint(0, 256, (len(next(iter(batch.values()))), 3, config.image_size,
+                                                     config.image_size), dtype=torch.uint8)
+            batch = {key: rows.to(device) for key, rows in batch.items()}
+            optimizer = train.make_optimizer(model, 0.05)
+
+            def step():
+                with train.autocast(device, precision):
+                    loss = model(**batch)["loss"]
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            with FlopCounterMode(display=False) as counter:
+                step()
+            if compile:
+                for tower in model.children():
+                    tower.compile()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            for _ in range(3):
+                step()
+            seconds = statistics.median(clock(step, device) for _ in range(5))
+            memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}" if device.type == "cuda" else ""
+            rate = counter.get_total_flops() / seconds
+            images = len(batch["images"])
+            print(f"| {name} | {precision} | {images} | {1000 * seconds:.0f} | {images / seconds:.0f} | {memory} | "
+                  f"{rate / 1e12:.2f} | {rate / rates[precision]:.0%} |", flush=True)
+            del model, optimizer, batch, step
+
+
+PLANNED = ("clip/vit-b-16", "clip/vit-l-14", "prolip/vit-b-16", "prolip/vit-h-14", "llip/vit-b-16-k32",
+           "llip/vit-l-14-k32", "llip/vit-h-14-k64", "llip/vit-g-14-k64", "clips/vit-l-14-224", "clips/vit-h-14-224")
+
+
+def kept(model, batch):
+    """Bytes that the towers keep for the backward pass under bf16 autocast. Nothing is computed, only shapes."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage  # held, so that its place is not given to another
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        if hasattr(model, "captioner"):  # without its logits, of which there are as many as there are words
+            image, text = model.image_states(batch["images"]), model.text_states(batch["tokens"].repeat(2, 1))
+            features = image[0], text[0], model.captioner(image[1], text[1][:len(image[1])])
+        else:
+            features = model.encode(**batch)
+    return sum(storage.nbytes() for storage in found.values()), features
+
+
+def memory_of(name, recompute=False):
+    """-> parameters, bytes that a step keeps for each image, and bytes whatever the batch, of a size of a model."""
+    kind, size = name.split("/")
+    config, bytes_kept = train.home(train.MODELS[kind]).CONFIGS[size], {}
+    for images in (4, 8):
+        # tensors without values: who asks whether all texts have an end is told yes
+        with FakeTensorMode(), mock.patch.object(FakeTensor, "__bool__", lambda self: True):
+            model = train.MODELS[kind](config).train()
+            if recompute:
+                train.recompute_blocks(model)
+            batch = {"images": torch.zeros(images, 3, config.image_size, config.image_size),
+                     "tokens": torch.full((images, config.context_length), config.end_id)}
+            bytes_kept[images], _ = kept(model, batch)
+            parameters = sum(p.numel() for p in model.parameters())
+    each = (bytes_kept[8] - bytes_kept[4]) / 4
+    return parameters, each, bytes_kept[4] - 4 * each
+
+
+def plan(gpus=8, memory=80e9):
+    """A table: what weights, gradients and moments take, what each image takes, how many images then fit.
+
+    In fp32: weights 4 bytes a parameter, gradients 4, AdamW's two moments 8. In bf16: copies of the weights, and most
+    of what is kept for the backward pass. Left out: buffers of the kernels, and the loss's tables.
+    """
+    print(f"GB of memory; images on one GPU of {memory / 1e9:.0f} GB; texts of full length\n"
+          "| size | parameters, M | weights, gradients | AdamW | one image | images | one image with --recompute | images "
+          f"| and --shard-optimizer, {gpus} GPUs |\n" + "|---" * 9 + "|")
+    for name in PLANNED:
+        parameters, plain, copies = memory_of(name)
+        _, less, _ = memory_of(name, recompute=True)
+        left = 0.9 * memory - 16 * parameters - copies
+        spared = left + 8 * parameters * (1 - 1 / gpus)
+        print(f"| {name} | {parameters / 1e6:.0f} | {8 * parameters / 1e9:.1f} | {8 * parameters / 1e9:.1f} | "
+              f"{plain / 1e9:.3f} | {max(0, left / plain):.0f} | {less / 1e9:.4f} | {max(0, left / less):.0f} | "
+              f"{max(0, spared / less):.0f} |", flush=True)
+
+
 def shapes(n=10_000):
     def draw():
         for i in range(n):
@@ -274,9 +428,11 @@ def tokens():
 
 
 if __name__ == "__main__":
-    commands = {"step": step, "clip": clip_step, "clips": clips_step, "shapes": shapes, "tokens": tokens,
-                **{model: functools.partial(loss_of, model) for model in LOSSES}}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+    commands = {"models": models, "plan": plan, "step": step, "clip": clip_step, "clips": clips_step, "shapes": shapes,
+                "tokens": tokens, **{model: functools.partial(loss_of, model) for model in LOSSES}}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands or len(sys.argv) > 2 and sys.argv[1] != "models":
         sys.exit(__doc__)
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
-    commands[sys.argv[1]]()
+    if "--compile" in sys.argv:
+        commands["models"] = functools.partial(models, compile=True)
+    commands[sys.argv[1]](*(name for name in sys.argv[2:] if name != "--compile"))

@@ -456,38 +456,6 @@ def liteclip_at_birth(run):
     return liteclip.LiteCLIP(liteclip.Config(**content["config"])).state_dict()
 
 
-GRADIENTS = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-import liteclip
-from dataclasses import replace
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = liteclip.LiteCLIP(replace(liteclip.CONFIGS["tiny"], vocab_size=50)).double()
-images, tokens = torch.randn(8, 3, 64, 64).double(), torch.randint(4, 50, (8, 9))
-share = slice(dist.get_rank() * 8 // dist.get_world_size(), (dist.get_rank() + 1) * 8 // dist.get_world_size())
-network = torch.nn.parallel.DistributedDataParallel(model)
-loss = network(images=images[share], tokens=tokens[share])["loss"]
-loss.backward()
-if dist.get_rank() == 0:
-    torch.save({name: p.grad for name, p in model.named_parameters()}, sys.argv[2])
-del network, loss  # or the process group outlives its end, and its threads abort the process now and then
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def test_gradients_of_two_processes_equal_one(tmp_path):
-    (tmp_path / "gradients.py").write_text(GRADIENTS)
-    results = []
-    for n in (1, 2):
-        torchrun(n, "gradients.py", str(ROOT), f"{n}.pt", cwd=tmp_path)
-        results.append(torch.load(tmp_path / f"{n}.pt", weights_only=True))
-    one, two = results
-    for name in one:
-        assert (one[name] - two[name]).norm() <= 1e-9 * one[name].norm() + 1e-12, name
-
-
 # --- messages ---
 
 @pytest.mark.parametrize("more, message", [
