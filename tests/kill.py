@@ -63,8 +63,9 @@ def start(folder, processes, *flags):
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
                     "--nproc_per_node", str(processes)]
-    return subprocess.Popen([*command, "child.py", str(ROOT), *flags], cwd=folder, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with open(folder / "errors.txt", "w") as errors:
+        return subprocess.Popen([*command, "child.py", str(ROOT), *flags], cwd=folder, stdout=subprocess.DEVNULL,
+                                stderr=errors, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def moment(folder, number):
@@ -94,7 +95,8 @@ def kill_once(folder, processes, flags, rng, inside):
     what = victim and victim[1]
     if child.poll() is None and victim:
         os.kill(victim[0], signal.SIGKILL)
-    _, errors = child.communicate(timeout=300)
+    child.wait(timeout=300)
+    errors = (folder / "errors.txt").read_text()
     ended = child.returncode == 0
     if not ended and child.returncode != -signal.SIGKILL and "SIGKILL" not in errors and "Signal 9" not in errors:
         sys.exit(f"ended by itself with {child.returncode}:\n{errors[-3000:]}")
@@ -117,7 +119,7 @@ def main():
                  "--epochs", str(2 * options.rounds), "--out"]
         whole = start(folder, options.processes, *flags, "whole")
         if whole.wait():
-            sys.exit(whole.stderr.read()[-3000:])
+            sys.exit((folder / "errors.txt").read_text()[-3000:])
         kills = {"training": 0, "saving": 0}
         while sum(kills.values()) < options.rounds:
             checkpoint = folder / "killed" / "last.pt"
@@ -131,7 +133,7 @@ def main():
         else:
             last = start(folder, options.processes, "--resume", "killed")
             if last.wait():
-                sys.exit(last.stderr.read()[-3000:])
+                sys.exit((folder / "errors.txt").read_text()[-3000:])
         one, two = (torch.load(folder / run / "last.pt", weights_only=True) for run in ("whole", "killed"))
         same = all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
         print(f"{kills['training']} kills in training, {kills['saving']} inside a save; step {two['step']} of "
