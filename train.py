@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -386,6 +385,7 @@ def make_optimizer(model, weight_decay, image_lr=1.0, shard=False):
               for (decay, scale), params in groups.items()]
     options = dict(betas=(0.9, 0.98), eps=1e-6, fused=model.logit_scale.device.type in ("cuda", "cpu"))
     if shard and world() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # not at the top: it takes a second to import
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
 
@@ -412,7 +412,7 @@ def backward_in_parts(model, batch, size, device, precision, scaler, seed):
 
     with torch.no_grad():
         encoded = [encode(number) for number in range(len(parts))]
-    # Gradients are wanted at floats, of the whole batch and, as views of it, of each part: the loss cuts it up again.
+    # The features of the whole batch, as leaves of a graph of their own, in which there is nothing but the loss.
     whole = {name: each(join([part[name] for part in encoded]), lambda x: x.requires_grad_(x.is_floating_point()))
              for name in encoded[0]}
     with autocast(device, precision):
@@ -594,8 +594,11 @@ def check_texts(model, tokenizer, split):
         tokens = model.tokenize(texts, tokenizer)
     warnings.filterwarnings("ignore", message="texts of more than")  # said here, once, for all of them
     length = (tokens != tokenizer.pad_id).sum() / len(texts)
+    pictures = collections.Counter(text for sample in split.samples for text in set(sample.captions))
+    shared = sum(number for number in pictures.values() if number > 1) / sum(pictures.values())
     say(f"captions: {len(texts):,} of {length:.1f} tokens on average, with start and end; vocabulary {len(tokenizer):,}"
-        + "".join(f"; {w.message}" for w in caught))
+        + (f"; {shared:.0%} of them belong to several pictures, and are taken for wrong where they meet another's in a "
+           "batch" if shared > 0.1 else "") + "".join(f"; {w.message}" for w in caught))
 
 
 def choose(args):
@@ -707,9 +710,9 @@ def train(args):
         if resumed["images"] != len(training):
             raise UserError(f"{args.checkpoint} is of a run on {resumed['images']:,} training images; here are "
                             f"{len(training):,}: with other data it would not be the same run")
-        say(f"goes on after step {step} of {steps}")
         if step >= steps and not restarted():
             raise UserError(f"{args.checkpoint} is the end of its run: {step} steps of {steps}; nothing to resume")
+        say(f"goes on after step {step} of {steps}")
     if rank() == 0:
         folder = Path(args.checkpoint).parent if resumed else make_folder(args)
         try:
@@ -725,7 +728,7 @@ def train(args):
                                f"{100 / len(task.prompts):.1f} %" if task else ""))
 
     def keep(name):
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
+        if hasattr(optimizer, "consolidate_state_dict"):  # its parts, from all processes
             optimizer.consolidate_state_dict()
         places = {"readers": [world(), args.workers], "places": from_all(loader.state())}
         if rank() == 0:

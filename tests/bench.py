@@ -241,29 +241,37 @@ def loss_of(model):
               f"differs by {difference:.1e}")
 
 
-def clips_step():
-    """What CLIPS's captioner costs: a training step with it and without, in bf16 autocast."""
-    for size, batch in (("tiny", 64), ("vit-l-14-224", 4)):
-        functions, torch_device = {}, torch.device("cpu")
-        for name, layers in (("towers alone", 0), ("with the captioner", clips.CONFIGS[size].caption_layers)):
-            config = replace(clips.CONFIGS[size], caption_layers=layers)
-            model = clips.CLIPS(config).train()
-            images = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8)
-            texts = torch.randint(4, 500, (3, batch, config.context_length))
-            targets = torch.randint(4, 500, (batch, config.caption_length))
-            targets[:, config.caption_length * 2 // 3:] = config.pad_id
-            optimizer = train.make_optimizer(model, 0.05)
+def clips_step(batch=64):
+    """What CLIPS's captioner costs: of a step of the tiny size, its time; of the large ones, its arithmetic."""
+    functions = {}
+    for name, layers in (("towers alone", 0), ("with the captioner", clips.CONFIGS["tiny"].caption_layers)):
+        model = clips.CLIPS(replace(clips.CONFIGS["tiny"], vocab_size=len(some_tokenizer()), caption_layers=layers))
+        texts, optimizer = texts_of(model, some_tokenizer(), batch), train.make_optimizer(model, 0.05)
+        texts["images"] = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
 
-            def step(model=model, optimizer=optimizer, images=images, texts=texts, targets=targets):
-                with train.autocast(torch_device, "bf16"):
-                    loss = model(images, texts[0], texts[1], targets)["loss"]
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            functions[name] = step
-        medians, _ = in_turns(functions, turns=5 if size == "tiny" else 2)
-        share = 1 - medians["towers alone"] / medians["with the captioner"]
-        print(f"{size}, batch {batch}: {medians['with the captioner']:.2f} s a step, {share:.0%} of it the captioner's")
+        def step(model=model.train(), optimizer=optimizer, batch=texts):
+            with train.autocast(torch.device("cpu"), train.pick_precision(torch.device("cpu"))):
+                loss = model(**batch)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        functions[name] = step
+    _, seconds = in_turns(functions, turns=15)
+    shares = sorted(1 - a / b for a, b in zip(seconds["towers alone"], seconds["with the captioner"]))
+    print(f"tiny, batch {batch}: {statistics.median(seconds['with the captioner']):.3f} s a step, "
+          f"{statistics.median(shares):.0%} of it the captioner's (quartiles {shares[3]:.0%}, {shares[11]:.0%})")
+    for size in ("vit-l-14-224", "vit-l-14-336", "vit-h-14-224"):
+        config, operations = clips.CONFIGS[size], {}
+        for name, layers in (("towers alone", 0), ("with the captioner", config.caption_layers)):
+            with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+                model = clips.CLIPS(replace(config, caption_layers=layers))
+                images = model.image_states(torch.zeros(1, 3, config.image_size, config.image_size))
+                texts = model.text_states(torch.zeros(2, config.context_length, dtype=torch.long))
+                if layers:
+                    model.captioner.head(model.captioner(images[1], texts[1][:1]))
+            operations[name] = counter.get_total_flops()
+        share = 1 - operations["towers alone"] / operations["with the captioner"]
+        print(f"{size}: {share:.0%} of the arithmetic is the captioner's, if captions fill its slots")
 
 
 def texts_of(model, tokenizer, batch):
@@ -400,7 +408,7 @@ def plan(gpus=8, memory=80e9):
     of what is kept for the backward pass. Left out: buffers of the kernels, and the loss's tables.
     """
     print(f"GB of memory; images on one GPU of {memory / 1e9:.0f} GB; texts of full length\n"
-          "| size | parameters, M | weights, gradients | AdamW | one image | images | one image with --recompute | images "
+          "| size | parameters, M | weights, gradients | AdamW | one image | images | with --recompute | images "
           f"| and --shard-optimizer, {gpus} GPUs |\n" + "|---" * 9 + "|")
     for name in PLANNED:
         parameters, plain, copies = memory_of(name)

@@ -362,6 +362,17 @@ def test_a_scale_at_its_limit_is_noticed(capsys):
     assert said(watch, capsys, [3.0], scale=100.0) == ""
 
 
+@pytest.mark.parametrize("captions, said", [
+    ([["a cat", "a dog"], ["a cat"], ["a bird"]], "50% of them belong to several pictures"),  # two of four
+    ([["a cat", "a cat"], ["a dog"], ["a bird"]], None)])
+def test_captions_of_several_pictures_are_noticed(captions, said, capsys):
+    model, tokenizer, _ = small("clip")
+    samples = [data.Sample(texts) for texts in captions]
+    train.check_texts(model, tokenizer, data.Split("here", None, samples, augment=False))
+    printed = capsys.readouterr().out
+    assert said in printed if said else "several" not in printed
+
+
 @pytest.mark.parametrize("name", train.MODELS)
 def test_the_loss_of_a_model_that_tells_nothing_apart(name):
     """All features alike; the sigmoid losses at the best scale and bias that there is."""
