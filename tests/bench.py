@@ -3,6 +3,7 @@
     python tests/bench.py models      # a training step of every model: time, memory, arithmetic
                                       # (or of those named: models clip/vit-b-16 llip/vit-b-16-k32; --compile)
     python tests/bench.py plan        # what the large sizes need of a GPU's memory, worked out without one
+    python tests/bench.py peers       # the next four, as far as the packages are there
     python tests/bench.py step        # one liteclip training step against the published stack
                                       # (needs: pip install timm transformers)
     python tests/bench.py clip        # one vit-b-32 training step against open_clip's
@@ -188,7 +189,7 @@ def mixture_losses(batch=256, tokens=32, dim=512, heads=8, temperature=5.0):
     shape = batch, heads, tokens, dim // heads
     images = llip.KeysValues(*(torch.randn(shape).requires_grad_() for _ in range(2)))
     texts = llip.QueryTarget(torch.randn(batch, heads, dim // heads).requires_grad_(),
-                       F.normalize(torch.randn(batch, dim), dim=-1).requires_grad_())
+                             F.normalize(torch.randn(batch, dim), dim=-1).requires_grad_())
     out_proj = (dim ** -0.5 * torch.randn(dim, dim)).requires_grad_()
     scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
     y = 2 * torch.eye(batch) - 1
@@ -435,12 +436,26 @@ def tokens():
     print(f"tokenizer of {len(texts):,} captions trained in {medians['train']:.2f} s")
 
 
+def peers():
+    """All that is compared with the published code or formulas, as far as the packages are there."""
+    for name, compare in (("liteclip", step), ("clip", clip_step), ("prolip", functools.partial(loss_of, "prolip")),
+                          ("llip", functools.partial(loss_of, "llip"))):
+        print(f"--- {name}")
+        try:
+            compare()
+        except ModuleNotFoundError as error:
+            print(f"left out: {error.name} is not installed")
+
+
 if __name__ == "__main__":
-    commands = {"models": models, "plan": plan, "step": step, "clip": clip_step, "clips": clips_step, "shapes": shapes,
+    commands = {"models": models, "plan": plan, "peers": peers, "step": step, "clip": clip_step, "clips": clips_step, "shapes": shapes,
                 "tokens": tokens, **{model: functools.partial(loss_of, model) for model in LOSSES}}
     if len(sys.argv) < 2 or sys.argv[1] not in commands or len(sys.argv) > 2 and sys.argv[1] != "models":
         sys.exit(__doc__)
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
     if "--compile" in sys.argv:
         commands["models"] = functools.partial(models, compile=True)
-    commands[sys.argv[1]](*(name for name in sys.argv[2:] if name != "--compile"))
+    try:
+        commands[sys.argv[1]](*(name for name in sys.argv[2:] if name != "--compile"))
+    except ModuleNotFoundError as error:
+        sys.exit(f"bench.py {sys.argv[1]} needs a package that is not here: pip install {error.name}")

@@ -290,13 +290,13 @@ VARIANTS = {  # what is compared: (model, part of the run's name, changes to the
 TEMPERATURES = (1, 3, 5, 8, 10)  # at test time; trained with 5
 
 
-def llip_claims(seeds, out, epochs="4"):
+def llip_claims(seeds, out):
     split = data.load("shapes", "test", llip.CONFIGS["tiny"].image_size)
     task = data.load_zero_shot("shapes", llip.CONFIGS["tiny"].image_size)
     found, note = table()
     for seed in seeds:
         for name, (model, variant, changes) in VARIANTS.items():
-            model, tokenizer = trained(model, seed, variant, ("--epochs", epochs), **changes)
+            model, tokenizer = trained(model, seed, variant, **changes)
             scores, features = train.evaluate(model, tokenizer, split, task, "fp32")
             for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
                 note(f"{name}: {what}, %", scores[key])
@@ -317,7 +317,7 @@ def llip_claims(seeds, out, epochs="4"):
             note("K = 16: weight that moves between two captions of an image, %", 100 * moved.sum() / (20 * len(split)))
             if seed == seeds[0]:
                 draw_llip(out / "llip.png", model, tokenizer)
-    report(f"Llip tiny on shapes, {epochs} epochs, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
+    report(f"Llip tiny on shapes, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
 
 
 def draw_llip(path, model, tokenizer, key="0/test/20", side=224, gap=16):
