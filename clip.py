@@ -184,7 +184,7 @@ class TextEncoder(nn.Module):
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
+    """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
     Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
@@ -241,8 +241,8 @@ def contrastive_loss(image_features, text_features, scale):
 class CLIP(nn.Module):
     """Two encoders and one learned number, logit_scale.
 
-    train.py needs `Config`, `example_labels` (for its closing hint), `tokenize`, `text_batch` and `forward`; everybody
-    else `encode_image`, `encode_text`, `similarity` and `from_pretrained`.
+    train.py needs `Config`, `example_labels` (for its closing hint), `chance_loss`, `tokenize`, `text_batch`,
+    `forward`, `encode` and `loss`; everybody else `encode_image`, `encode_text`, `similarity` and `from_pretrained`.
     """
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"

@@ -2,18 +2,20 @@
 
 Liu et al., "CLIPS: An Enhanced CLIP Framework for Learning with Synthetic Captions", arXiv 2411.16828 (2024).
 
-The idea: let a captioner describe all pictures anew, in paragraphs. Whole paragraphs make worse contrasts than parts of
-them: the less of one a step sees, the better, down to a single sentence (the inverse effect). So take one sentence of
-the synthetic caption beside the caption from the web; and so that nothing is wasted, let a small decoder predict all.
+The idea: let a vision-language model describe every picture anew, in a paragraph: the synthetic caption. To contrast
+the picture with all of it teaches less than with a part, and the shorter the part the better, down to one sentence (the
+paper's inverse effect). So contrast the picture with its caption from the web and with one sentence of the synthetic
+one; and so that the rest is not wasted, let a decoder, the captioner, predict all of it.
 
     image    u = ViT(image)             mean of the patches' states, normed, projected                            (B, E)
     texts    v, w = Transformer(web caption), Transformer(one sentence of the synthetic caption)                  (B, E)
-    contrast 1/2 [ L(u, v) + L(u, w) ]  L: CLIP's symmetric cross-entropy, each over a table of its own           (B, B)
-    caption  -mean ln p(token i of the synthetic caption | image, web caption)    from the state of slot i     (B, C, V)
-    loss     contrast + 2 caption
+    contrast 1/2 [ CLIP(u, v) + CLIP(u, w) ]     CLIP's symmetric loss, each time over a (B, B) table of its own
+    caption  -mean ln p(y_i | image, web caption)    y_i: token i of the synthetic caption, read from slot i      (B, C)
+    loss     contrast + 2 caption                    (the mean is over the tokens of all captions, all processes)
 
-The captioner is no language model: it never sees the caption. C learned slots stand where the words would be, each sees
-the image, the web caption and the slots before it, and all say their words at once.
+The captioner (autoregressive in the authors' words) is never fed the words of the caption it predicts. In their places
+stand C learned vectors, the slots. A slot sees the image, the web caption and the slots before it, but not which words
+those came out as: so all words are computed in one pass, in training and in `caption`.
 
 Shapes: B batch, S image side, P patch side, N image tokens (class token and patches), L text tokens, C caption slots,
 V vocabulary, D width, H attention heads, E embedding, W processes.
@@ -26,7 +28,7 @@ before the last norm, texts without any mask, their class token last, eps 1e-6, 
 The published PyTorch code cannot train (its captioner does not run); training is as in OpenVision, by the same authors.
 What differs:
   - where there are no synthetic captions, as in Flickr8k, one caption plays the web's, the others joined the synthetic;
-  - one table of positions that is learned, for images too (there: sines); the tiny size begins with `head_start`.
+  - the images' positions are learned (there: fixed sines); the tiny size begins with `head_start`.
 
     python train.py --model clips                                      # the tiny one on generated pictures
     python clips.py runs/clips-shapes/best.pt photo.png "a red star" "a blue circle"      # and what it sees, in words
@@ -57,7 +59,7 @@ class Config:
     pad_id: int = 0                  # attended to like any word, so which id it is matters
     start_id: int = 1
     end_id: int = 2
-    class_id: int = 101              # the last token, after the padding: there a text's feature is taken
+    class_id: int = 101              # BERT's [CLS], last, after the padding: there a text's feature is taken
     context_length: int = 80         # longer texts are cut here, shorter ones filled
     text_width: int = 768
     text_layers: int = 12
@@ -130,7 +132,7 @@ class Block(nn.Module):
 # --- the two towers -------------------------------------------------------------------------------------------------
 
 class ImageEncoder(nn.Module):
-    """ViT: images (B, 3, S, S), normalised -> (B, E), and the patches' last states (B, N - 1, D) for the captioner."""
+    """ViT: images (B, 3, S, S), normalised -> (B, E), and for the captioner the patches' states before the norm."""
     def __init__(self, config):
         super().__init__()
         width, grid = config.image_width, config.image_size // config.patch_size
@@ -149,12 +151,12 @@ class ImageEncoder(nn.Module):
         x = x + self.positional_embedding
         for block in self.blocks:
             x = block(x)
-        patches = x[:, 1:]  # the class token helped on the way and is not asked
-        return self.ln_post(patches.mean(dim=1)) @ self.proj, patches
+        patches = x[:, 1:]  # the class token only takes part in the attention
+        return self.ln_post(patches.mean(dim=1)) @ self.proj, patches  # (B, E), (B, N - 1, D)
 
 
 class TextEncoder(nn.Module):
-    """A transformer without any mask: tokens (B, L) -> (B, E), and the last states (B, L - 1, D) for the captioner.
+    """A transformer without any mask: tokens (B, L) -> (B, E), and for the captioner the states before the norm.
 
     The feature is taken at the last token, which is the class token; padding, before it, is seen like words.
     """
@@ -179,13 +181,13 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding  # (B, L, D)
         for block in self.blocks:
             x = block(x)
-        return self.ln_final(x[:, -1]) @ self.text_projection, x[:, :-1]
+        return self.ln_final(x[:, -1]) @ self.text_projection, x[:, :-1]  # (B, E), (B, L - 1, D)
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
+    """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
     Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
@@ -237,17 +239,17 @@ def contrastive_loss(image_features, text_features, scale):
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
 
-def mean_of_all(values, counted):
-    """Values (n,), and for how much each counts, bool or int (n,) -> this process's part of their mean.
+def mean_of_all(values, weight):
+    """The mean over all processes of values (n,), each counted `weight` times, bool or int (n,): this one's share.
 
-    n may differ among processes. The mean of the parts is that of all counted values: the sum here, times W as DDP
-    divides by it, over the count of all W processes.
+    DDP averages the shares of W processes, so a share is the sum here, times W, over the weight of all processes. n may
+    differ among them.
     """
-    count, processes = counted.sum(), 1
+    total, processes = weight.sum(), 1
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(count)
+        dist.all_reduce(total)
         processes = dist.get_world_size()
-    return (values * counted).sum() * processes / count.clamp(min=1)
+    return (values * weight).sum() * processes / total.clamp(min=1)
 
 
 # --- new in CLIPS: what of a long caption is contrasted, and the captioner ------------------------------------------
@@ -259,7 +261,7 @@ def shorten(text, encode, how, rng, length):
     tokens from anywhere; "random": tokens from anywhere, in any order. rng: a random.Random; encode: text -> ids.
     """
     if how == "sentence":
-        sentences = [part for part in re.split(r"[.!]+", text) if part.strip()]
+        sentences = [part for part in re.split(r"[.!]+", text) if part.strip()]  # as published: not at "?"; cuts "3.5"
         return encode(rng.choice(sentences or [text]))[:length]
     ids = encode(text)
     if how == "first":
@@ -283,7 +285,11 @@ def caption_mask(prefix, slots, device=None):
 
 
 class Captioner(nn.Module):
-    """Says the synthetic caption from the states of image (B, N - 1, D) and web caption (B, L - 1, D) -> (B, C, D)."""
+    """States of the patches (B, N - 1, image width) and of the web caption (B, L - 1, D) -> of the slots (B, C, D).
+
+    D is the text tower's width. The states are those before the towers' last norms. Prefix: all that stands before the
+    slots.
+    """
     def __init__(self, config):
         super().__init__()
         width = config.text_width
@@ -297,8 +303,8 @@ class Captioner(nn.Module):
         self.head = nn.Linear(width, config.vocab_size, bias=False)  # from a slot's state to its token
 
     def forward(self, image_states, text_states):
-        prefix = torch.cat([self.image_proj(image_states), self.text_proj(text_states)], dim=1)
-        x = torch.cat([prefix, self.slot_embedding.expand(len(prefix), -1, -1)], dim=1)
+        prefix = torch.cat([self.image_proj(image_states), self.text_proj(text_states)], dim=1)  # (B, N + L - 2, D)
+        x = torch.cat([prefix, self.slot_embedding.expand(len(prefix), -1, -1)], dim=1)  # (B, N + L - 2 + C, D)
         mask = caption_mask(prefix.shape[1], len(self.slot_embedding), x.device)
         for block in self.blocks:
             x = block(x, mask)
@@ -308,8 +314,8 @@ class Captioner(nn.Module):
 def caption_losses(states, head, targets, pad_id):
     """Cross-entropy of slot i's state (B, C, D) and token i of the caption (B, C), padding apart.
 
-    -> its mean over a caption's tokens, (B,), and their number, (B,). head is applied where there is a token: logits of
-    all slots over a large vocabulary would be most of the memory.
+    -> a caption's mean over its tokens, (B,), and their number, (B,), by which mean_of_all weighs it. head is applied
+    where there is a token: logits of all slots over a large vocabulary would be most of the memory.
     """
     real = targets != pad_id
     with full_precision(states):
@@ -326,8 +332,8 @@ class CLIPS(nn.Module):
     """Two encoders, one learned number, logit_scale, and, for training and for `caption`, a captioner.
 
     train.py needs `Config`, `terms` (what forward returns beside the loss, for its log), `example_labels`,
-    `chance_loss`, `tokenize`, `text_batch` and `forward`; everybody else `encode_image`, `encode_text`, `similarity`,
-    `caption` and `from_pretrained`.
+    `chance_loss`, `tokenize`, `text_batch`, `forward`, `encode` and `loss`; everybody else `encode_image`,
+    `encode_text`, `similarity`, `caption` and `from_pretrained`.
     """
     Config = Config
     terms = "contrastive", "captioning"
@@ -350,14 +356,14 @@ class CLIPS(nn.Module):
 
     def encode_image(self, images):
         """uint8 pixels, or floats already normalised, (B, 3, S, S), S = image_size -> features of length 1, (B, E)."""
-        return self.image_states(images)[0]
+        return self.image_feature_and_states(images)[0]
 
     def encode_text(self, tokens):
         """int64 tokens from `tokenize`, (B, context_length) -> features of length 1, (B, E)."""
-        return self.text_states(tokens)[0]
+        return self.text_feature_and_states(tokens)[0]
 
-    def image_states(self, images):
-        """As encode_image, with the patches' states for the captioner, (B, N - 1, D)."""
+    def image_feature_and_states(self, images):
+        """-> the feature of encode_image, (B, E), and the patches' states for the captioner, (B, N - 1, D)."""
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
@@ -366,8 +372,8 @@ class CLIPS(nn.Module):
         features, states = self.image_encoder(images)
         return self.normalize(features), states
 
-    def text_states(self, tokens):
-        """As encode_text, with the states for the captioner, (B, L - 1, D)."""
+    def text_feature_and_states(self, tokens):
+        """-> the feature of encode_text, (B, E), and the tokens' states for the captioner, (B, L - 1, D)."""
         length = len(self.text_encoder.positional_embedding)
         if tokens.ndim != 2 or tokens.shape[1] != length:
             raise ValueError(f"tokens must be (B, {length}), as tokenize makes them, got {tuple(tokens.shape)}")
@@ -380,31 +386,33 @@ class CLIPS(nn.Module):
             return upcast(image_features) @ upcast(text_features).T
 
     def forward(self, images, tokens, sub_tokens, targets):
-        """images (B, 3, S, S), web captions and parts of the synthetic ones (B, L), those in whole (B, C) as targets
-        -> {"loss": the sum of the others, "contrastive": ..., "captioning": ...}.
+        """images (B, 3, S, S); tokens: their web captions, sub_tokens: parts of their synthetic captions, (B, L) each;
+        targets: the synthetic captions in whole, (B, C).
+        -> {"loss": the sum of the others, "contrastive": ..., "captioning": ...}, captioning with its weight in it; it
+        is missing where there is no captioner.
         """
         return self.loss(**self.encode(images, tokens, sub_tokens, targets))
 
     def encode(self, images, tokens, sub_tokens, targets):
         """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
-        samples at a time, and `loss` for all. The captioner looks at one sample at a time, and is asked here.
+        samples at a time, and `loss` for all. What a caption costs concerns no other sample, and is worked out here.
         """
-        image_features, image_states = self.image_states(images)
-        text_features, text_states = self.text_states(torch.cat([tokens, sub_tokens]))  # one pass for both
+        image_features, image_states = self.image_feature_and_states(images)
+        text_features, text_states = self.text_feature_and_states(torch.cat([tokens, sub_tokens]))  # one pass for both
         web_features, sub_features = text_features.chunk(2)
         features = {"image_features": image_features, "web_features": web_features, "sub_features": sub_features}
         if self.captioner is not None:
             states = self.captioner(image_states, text_states[:len(images)])
-            features["caption_losses"], features["caption_tokens"] = caption_losses(
+            features["caption_means"], features["caption_tokens"] = caption_losses(
                 states, self.captioner.head, targets, self.config.pad_id)
         return features
 
-    def loss(self, image_features, web_features, sub_features, caption_losses=None, caption_tokens=None):
+    def loss(self, image_features, web_features, sub_features, caption_means=None, caption_tokens=None):
         scale = self.logit_scale.exp()
         terms = {"contrastive": (contrastive_loss(image_features, web_features, scale)
                                  + contrastive_loss(image_features, sub_features, scale)) / 2}
-        if caption_losses is not None:
-            terms["captioning"] = self.config.caption_weight * mean_of_all(caption_losses, caption_tokens)
+        if caption_means is not None:
+            terms["captioning"] = self.config.caption_weight * mean_of_all(caption_means, caption_tokens)
         return {"loss": sum(terms.values()), **terms}
 
     @torch.no_grad()
@@ -417,9 +425,9 @@ class CLIPS(nn.Module):
             raise ValueError("this model has no captioner: released weights come without, training makes one")
         if web_tokens is None:
             web_tokens = self.tokenize([""] * len(images), tokenizer).to(images.device)
-        states = self.captioner(self.image_states(images)[1], self.text_states(web_tokens)[1])
+        states = self.captioner(self.image_feature_and_states(images)[1], self.text_feature_and_states(web_tokens)[1])
         texts = []
-        logits = self.captioner.head(states)[..., :len(tokenizer)]  # published tables are larger than the vocabulary
+        logits = self.captioner.head(states)[..., :len(tokenizer)]  # vocab_size may exceed it: 32,000 for BERT's 30,522
         for ids in logits.argmax(dim=-1).tolist():  # every slot at once: none waits for another's word
             end = ids.index(self.config.end_id) if self.config.end_id in ids else len(ids)
             texts.append(tokenizer.decode([i for i in ids[:end] if i != self.config.pad_id]))
@@ -440,18 +448,23 @@ class CLIPS(nn.Module):
         """Texts -> int64 (B, context_length): start, pieces, end, padding, and the class token in the last place."""
         if isinstance(texts, str) or not texts:
             raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
-        room = self.config.context_length - 3
+        room = self.room
         pieces = [tokenizer.encode(text) for text in texts]
         cut = sum(len(p) > room for p in pieces)
         if cut:
             warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
         return self.lay_out(pieces)
 
+    @property
+    def room(self):
+        return self.config.context_length - 3  # start, end and class token take the rest
+
     def lay_out(self, pieces):
+        """Token ids of each text, cut without a warning -> (B, L): start, ids, end, padding, class token."""
         config = self.config
         tokens = torch.full((len(pieces), config.context_length), config.pad_id)
         for i, p in enumerate(pieces):
-            row = [config.start_id, *p[:config.context_length - 3], config.end_id]
+            row = [config.start_id, *p[:self.room], config.end_id]
             tokens[i, :len(row)] = torch.tensor(row)
         tokens[:, -1] = config.class_id
         return tokens
@@ -471,8 +484,8 @@ class CLIPS(nn.Module):
             others = captions if sample.web else captions[1:] or captions
             synthetic = sample.long or " ".join(text.rstrip(" .") + "." for text in others)
             sub.append(shorten(synthetic, tokenizer.encode, config.shorten, rng,
-                               config.shorten_to or config.context_length - 3))
-            row = [*tokenizer.encode(synthetic), config.end_id][:config.caption_length]
+                               config.shorten_to or self.room))
+            row = [*tokenizer.encode(synthetic)[:config.caption_length - 1], config.end_id]
             targets[i, :len(row)] = torch.tensor(row)
         return {"tokens": self.lay_out(web), "sub_tokens": self.lay_out(sub), "targets": targets}
 
@@ -493,6 +506,7 @@ class CLIPS(nn.Module):
         fits = None if isinstance(config, cls.Config) else fitting_config(state, Towers)
         named = find_config(config or fits or next(iter(sizes(cls))), cls)
         model = cls(named if isinstance(config, cls.Config) else replace(named, caption_layers=0))
+        # Released weights have no captioner: its fresh parameters count as given, unless the source brings some.
         fresh = {name: value for name, value in model.state_dict().items() if name.startswith("captioner.")
                  and not any(given.startswith("captioner.") for given in state)}
         try:

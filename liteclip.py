@@ -194,7 +194,7 @@ class Head(nn.Module):
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
+    """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
     Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so

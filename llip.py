@@ -6,14 +6,16 @@ The idea: a photograph has many true captions, one about the dog, one about the 
 to lie near all of them. Let the ViT end in K features, and let each caption weigh them into one: with that one it is
 compared.
 
-    image    k_n, v_n = h_n Wk_n, h_n Wv_n     for each of K mixture tokens, whose last state is h_n        (B, M, K, d)
-    text     q, t                              query and target, from the end-of-text state      (B, M, d), (B, E)
-    mixture  z_ij = concat_m [ sum_n softmax_n(k_imn . q_jm / tau) v_imn ] Wo      of image i for text j       (B, B, E)
+    image    k_in, v_in = h_in Wk_n, h_in Wv_n      from the last state h_in of mixture token n = 1..K      (B, M, K, d)
+    text     q_j, t_j = e_j Wq, e_j Wt              from e_j, the end-of-text state               (B, M, d) and (B, E)
+    mixture  z_ij = concat_m [ sum_n softmax_n(k_imn . q_jm / tau) v_imn ] Wo      image i as text j sees it   (B, B, E)
     logits   s_ij = exp(logit_scale) * z_ij/|z_ij| . t_j/|t_j| + logit_bias                                     (B, B)
     loss     sum over all pairs of -ln sigmoid(y_ij s_ij) / B,    y = 1 on the diagonal, else -1
 
-Wk_n and Wv_n are matrices of the token's own, Wo is out_proj, tau the temperature. The loss is SigLIP's: each pair is
-judged by itself. Wrong captions mix a feature of their own, too.
+k, v and q are cut into M heads (index m) of d numbers, as in multi-head attention; tau is the temperature, and stands
+in the place of sqrt(d). In the code: Wk_n, Wv_n are k_proj[n], v_proj[n], each token's own; Wq is q_proj, Wt
+text_projection, Wo out_proj. The loss is SigLIP's: each pair is judged by itself. The image is mixed for wrong captions
+too, each time as that caption asks; if it were mixed for its own alone, the mixing would give the answer away.
 
 Shapes: B batch, S image side, P patch side, N image tokens (K mixture tokens and patches), L text tokens, D width,
 H attention heads, E embedding, M mixing heads, d = E / M, K mixture tokens, I images, T texts, W processes.
@@ -23,11 +25,12 @@ section "new in Llip"; after it, the same without building the (B, B, E) mixture
 you need it: published weights, sizes, recipes.
 
 It computes what the published code computes (tests/golden holds the values). What differs:
-  - mixtures are never built, see `mixture_cosines`: the same numbers, three times as fast and in a tenth of the memory
-    (batch 256, K = 32, E = 512, on a CPU: python tests/bench.py llip);
+  - training and `similarity` never build the mixtures, see `mixture_cosines`: the same numbers, three times as fast and
+    in a tenth of the memory (batch 256, K = 32, E = 512, on a CPU: python tests/bench.py llip);
   - the state of a text is taken at the first end-of-text id, `end_id`, and not at the largest id; and it need not be
     padded: attention is causal, so nothing behind the end of a text can change its feature;
-  - a class scores the mean similarity of its prompts, as in the other files; published: one mixture for the mean query;
+  - zero-shot (train.py): a class scores the mean similarity of its prompts, as in the other files; the published
+    evaluation averages the prompts' queries and targets, and mixes once for each class;
   - on several processes everybody holds all queries and targets, in the place of a ring exchange: the same sum;
   - training: AdamW's second beta is .98 (there .95), and a batch is what your machine holds (there 32,768); the tiny
     size begins with `head_start`.
@@ -69,12 +72,12 @@ class Config:
     embed_dim: int = 512
     activation: str = "quick_gelu"
     head_start: bool = False         # for fresh small towers: see the function of that name
-    logit_scale: float = math.log(1 / 0.07)  # at birth; the tiny size starts at ln 30, or it would spend its minutes
-    logit_bias: float = -10.0                # on raising it
-    mixture_tokens: int = 64
-    mixing_heads: int = 8
-    temperature: float = 5.0         # divides the scores in the mixture's softmax: the larger, the flatter
-    mixing_norm: bool = False        # LayerNorms on keys, values and queries
+    logit_scale: float = math.log(1 / 0.07)  # at birth; tiny begins at ln 30: it has no time to raise it so far
+    logit_bias: float = -10.0                # at birth: nearly all pairs are wrong ones
+    mixture_tokens: int = 64                 # K
+    mixing_heads: int = 8                    # M; each has d = embed_dim / M numbers
+    temperature: float = 5.0                 # tau, divides the scores in the mixture's softmax: the larger, the flatter
+    mixing_norm: bool = False                # LayerNorm on all E numbers of a key, value or query, before the heads
 
 
 class KeysValues(NamedTuple):
@@ -148,9 +151,9 @@ class ImageEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, grid = config.image_width, config.image_size // config.patch_size
-        K, self.heads = config.mixture_tokens, config.mixing_heads
+        K, self.mixing_heads = config.mixture_tokens, config.mixing_heads
         self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(K, width))
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(K, width))  # the mixture tokens, by CLIP's name
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(K + grid ** 2, width))
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList([
@@ -164,14 +167,14 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N - K, D): a token for each patch
-        K = len(self.class_embedding)
-        x = torch.cat([self.class_embedding.expand(len(x), K, -1), x], dim=1)  # (B, N, D)
+        x = torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = self.ln_pre(x + self.positional_embedding)
         for block in self.blocks:
             x = block(x)
-        x = self.ln_post(x[:, :K]).transpose(0, 1)  # (K, B, D)
+        x = self.ln_post(x[:, :len(self.class_embedding)]).transpose(0, 1)  # (K, B, D): @ gives each token its matrix
         keys, values = self.k_norm(x @ self.k_proj), self.v_norm(x @ self.v_proj)  # (K, B, E)
-        return tuple(y.unflatten(2, (self.heads, -1)).permute(1, 2, 0, 3) for y in (keys, values))  # (B, M, K, d)
+        heads = self.mixing_heads, -1
+        return tuple(y.unflatten(2, heads).permute(1, 2, 0, 3) for y in (keys, values))  # (B, M, K, d) each
 
 
 class TextEncoder(nn.Module):
@@ -183,7 +186,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, layers = config.text_width, config.text_layers
-        self.end_id, self.heads = config.end_id, config.mixing_heads
+        self.end_id, self.mixing_heads = config.end_id, config.mixing_heads
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.blocks = nn.ModuleList([Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.activation])
@@ -208,13 +211,14 @@ class TextEncoder(nn.Module):
             raise ValueError(f"a row of tokens has no end-of-text id {self.end_id}: is this the model's own tokenizer?")
         x = x[torch.arange(len(x), device=x.device), ends.int().argmax(dim=1)]  # (B, D), argmax: the first of them
         x = self.ln_final(x)
-        return self.q_norm(x @ self.q_proj).unflatten(1, (self.heads, -1)), x @ self.text_projection
+        query = self.q_norm(x @ self.q_proj).unflatten(1, (self.mixing_heads, -1))  # (B, M, d)
+        return query, x @ self.text_projection  # the target: (B, E)
 
 
 # --- over several processes, in full precision ----------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
+    """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
     Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
@@ -252,13 +256,19 @@ def full_precision(x):
 
 def mixing_weights(keys, query, temperature):
     """What each text takes from each image: keys (I, M, K, d), query (T, M, d) -> (I, M, K, T), summing to 1 over K."""
-    return (torch.einsum("imkd,tmd->imkt", keys, query) / temperature).softmax(dim=2)  # no 1 / sqrt(d)
+    return (torch.einsum("imnd,jmd->imnj", keys, query) / temperature).softmax(dim=2)  # no 1 / sqrt(d)
 
 
 def mixtures(images, texts, out_proj, temperature):
-    """Each image as each text sees it: KeysValues of I, QueryTarget of T -> (I, T, E), not normalised; for few."""
+    """Each image as each text sees it, z_ij: KeysValues of I, QueryTarget of T -> (I, T, E), not of length 1."""
     weights = mixing_weights(images.keys, texts.query, temperature)
-    return torch.einsum("imkt,imkd->itmd", weights, images.values).flatten(2) @ out_proj
+    return torch.einsum("imnj,imnd->ijmd", weights, images.values).flatten(2) @ out_proj
+
+
+def plain_cosines(images, texts, out_proj, temperature):
+    """z_ij/|z_ij| . t_j with every mixture built: (I, T). The definition; what runs is `mixture_cosines`, below."""
+    z = F.normalize(mixtures(images, texts, out_proj, temperature), dim=-1)
+    return torch.einsum("ije,je->ij", z, texts.target)
 
 
 def sigmoid_loss(cosines, first, scale, bias):
@@ -277,25 +287,26 @@ def mixture_cosines(keys, values, query, target, out_proj, temperature):
     """The cosine of each image's mixture for each text with that text: (I, T).
 
     keys, values: (I, M, K, d); query: (T, M, d); target: (T, E) of length 1; out_proj Wo: (E, E).
-    z_ij is linear in its M K weights a, of head m and token n: z_ij = sum_mn a_mn v_mn Wo_m, Wo_m the head's d rows. So
-        z_ij . t_j = sum_mn a_mn (v_mn . Wo_m t_j)    costs what keys times queries cost, and
-        |z_ij|^2   = a^T G a                          with G = (v_mn Wo_m) . (v_pl Wo_p), a table for each image,
-    which pays while M K < E and there are more than a few dozen texts.
+    Write a_mn for the weight of token n in head m, Wo_m for the d rows of Wo that belong to head m. Then, for a pair,
+        z       = sum_mn a_mn v_mn Wo_m
+        z . t   = sum_mn a_mn (v_mn . Wo_m t)         costs what keys times queries cost, and
+        |z|^2   = a^T G a                             G_(mn)(pl) = v_mn Wo_m . v_pl Wo_p, of the image alone: (M K, M K)
+    which is less work while M K < E (equal in vit-b-32-k64) and there are more than a few dozen texts.
     """
     weights = mixing_weights(keys, query, temperature)  # (I, M, K, T)
     heads = keys.shape[1]
-    aimed = torch.einsum("te,mde->tmd", target, out_proj.unflatten(0, (heads, -1)))  # targets, seen through each head
-    product = (weights * torch.einsum("imkd,tmd->imkt", values, aimed)).sum(dim=(1, 2))  # (I, T)
+    aimed = torch.einsum("je,mde->jmd", target, out_proj.unflatten(0, (heads, -1)))  # targets, seen through each head
+    product = (weights * torch.einsum("imnd,jmd->imnj", values, aimed)).sum(dim=(1, 2))  # (I, T)
     between = (out_proj @ out_proj.T).unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # Wo_m Wo_p^T: (M, d, M, d)
-    G = torch.einsum("imkd,mdpf,iplf->imkpl", values, between, values).flatten(3).flatten(1, 2)  # (I, M K, M K)
+    G = torch.einsum("imnd,mdpf,iplf->imnpl", values, between, values).flatten(3).flatten(1, 2)  # (I, M K, M K)
     square = SquaredLength.apply(G, weights.flatten(1, 2))
     return (product / square.clamp(min=1e-12).sqrt()).clamp(-1, 1)  # where values cancel, rounding is all that is left
 
 
 class SquaredLength(torch.autograd.Function):
-    """a^T G a for symmetric G (I, N, N) and each column of a (I, N, T): (I, T).
+    """a^T G a for each column a of a table (I, M K, T), with symmetric G (I, M K, M K) -> (I, T).
 
-    By a^T G a's gradient, 2 G a, the product of the forward pass serves again; autograd would multiply anew.
+    The gradient at a is 2 G a, and the forward pass has computed G a: autograd would do this largest product again.
     """
     @staticmethod
     def forward(ctx, G, a):
@@ -318,19 +329,18 @@ class MixtureLoss(torch.autograd.Function):
     would be less code, and take twice as long.)
     """
     @staticmethod
-    def forward(ctx, wanted, temperature, first, *inputs):
-        keys, values, query = inputs[:3]
-        size = chunk(keys, query)
-        total, grads = 0.0, [torch.zeros_like(x) for x in inputs] if wanted else []
+    def forward(ctx, with_grads, temperature, first, keys, values, query, target, out_proj, scale, bias):
+        shared, size = (query, target, out_proj, scale, bias), images_per_chunk(keys, query)
+        total = 0.0
+        grads = [torch.zeros_like(x) for x in (keys, values, *shared)] if with_grads else []
         for i in range(0, len(keys), size):
             rows = slice(i, i + size)
             with torch.enable_grad():
-                part = [x.detach().requires_grad_(wanted) for x in (keys[rows], values[rows], *inputs[2:])]
-                *features, scale, bias = part
-                cosines = mixture_cosines(*features, temperature)
-                loss = sigmoid_loss(cosines, first + i, scale, bias) / len(keys)
+                part = [x.detach().requires_grad_(with_grads) for x in (keys[rows], values[rows], *shared)]
+                k, v, q, t, Wo, s, b = part
+                loss = sigmoid_loss(mixture_cosines(k, v, q, t, Wo, temperature), first + i, s, b) / len(keys)
             total = total + loss.detach()
-            if wanted:
+            if with_grads:  # keys and values have a row for each image; the rest collects from all chunks
                 for grad, new in zip([grads[0][rows], grads[1][rows], *grads[2:]], torch.autograd.grad(loss, part)):
                     grad += new
         ctx.save_for_backward(*grads)
@@ -345,9 +355,10 @@ class MixtureLoss(torch.autograd.Function):
 CHUNK = {"cpu": 6 * 2 ** 20, "cuda": 2 ** 26}  # numbers in a chunk's largest tables: 24 MiB on a CPU, 256 MiB on a GPU
 
 
-def chunk(keys, query):
+def images_per_chunk(keys, query):
     """How many images to compare at a time with all these texts."""
     I, M, K, d = keys.shape
+    # For one image mixture_cosines holds weights (M K, T), values times Wo_m Wo_p^T (M K, E) and G (M K, M K).
     return max(1, CHUNK.get(keys.device.type, 2 ** 24) // (M * K * (len(query) + M * d + M * K)))
 
 
@@ -371,8 +382,8 @@ def mixture_loss(image_features, text_features, out_proj, scale, bias, temperatu
 class Llip(nn.Module):
     """Two encoders, the matrix behind the mixing heads, and two learned numbers, logit_scale and logit_bias.
 
-    train.py needs `Config`, `example_labels` (for its closing hint), `chance_loss`, `tokenize`, `text_batch` and
-    `forward`; everybody else `encode_image`, `encode_text`, `similarity` and `from_pretrained`.
+    train.py needs `Config`, `example_labels` (for its closing hint), `chance_loss`, `tokenize`, `text_batch`,
+    `forward`, `encode` and `loss`; everybody else `encode_image`, `encode_text`, `similarity` and `from_pretrained`.
     `temperature` may be changed at any time, as the published evaluation does.
     """
     Config = Config
@@ -417,16 +428,15 @@ class Llip(nn.Module):
         query, target = self.text_encoder(tokens)
         return QueryTarget(upcast(query), self.normalize(target))
 
-    def similarity(self, image_features, text_features, temperature=None):
+    def similarity(self, image_features, text_features):
         """KeysValues of I, QueryTarget of T -> cosines (I, T), in fp32: what ranks captions, images and labels.
 
-        In chunks of images, so that memory goes with the gallery, not with the table times K.
+        A few images at a time: the weights, (I, M, K, T), are M K times as large as the table that is returned.
         """
-        temperature = self.temperature if temperature is None else temperature
         with full_precision(self.out_proj):
             keys, values, query, target = map(upcast, (*image_features, *text_features))
-            size = chunk(keys, query)
-            return torch.cat([mixture_cosines(k, v, query, target, upcast(self.out_proj), temperature)
+            size = images_per_chunk(keys, query)
+            return torch.cat([mixture_cosines(k, v, query, target, upcast(self.out_proj), self.temperature)
                               for k, v in zip(keys.split(size), values.split(size))])
 
     def forward(self, images, tokens):
@@ -444,7 +454,7 @@ class Llip(nn.Module):
                                      self.logit_bias, self.temperature)}
 
     def chance_loss(self, batch):
-        """The loss over pairs of a model that tells nothing apart, at its best: 1 / B is its probability of every one."""
+        """The loss over pairs of a model that gives all pairs the same probability, the best one, which is 1 / B."""
         return math.log(batch) + (batch - 1) * math.log(batch / (batch - 1))
 
     @staticmethod
@@ -488,11 +498,10 @@ class Llip(nn.Module):
         Config with another image_size than the file's is fine: the table of positions is resized, with a warning.
         """
         source, config = find_source(source, config, cls, cache)
-        state = rename(read_state(source))
-        name, tokens = "image_encoder.class_embedding", state.get("image_encoder.class_embedding", torch.empty(0))
-        state = arrange(state)
-        if name in state:  # a row for each token, where the other models have one vector; (D,) in some files if K is 1
-            state[name] = tokens.reshape(-1, tokens.shape[-1])
+        renamed, name = rename(read_state(source)), "image_encoder.class_embedding"
+        state = arrange(renamed)
+        if name in renamed:  # arrange flattens it to the other models' one vector; here it has a row for each token
+            state[name] = renamed[name].reshape(-1, renamed[name].shape[-1])
         fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
         model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
         try:

@@ -247,7 +247,7 @@ def variance_head(head, x):
 # --- the losses -----------------------------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, (B, E) -> (W B, E) on W processes, with a gradient.
+    """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
     Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
@@ -281,17 +281,17 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def mean_of_all(values, counted):
-    """Values (n,), and for how much each counts, bool or int (n,) -> this process's part of their mean.
+def mean_of_all(values, weight):
+    """The mean over all processes of values (n,), each counted `weight` times, bool or int (n,): this one's share.
 
-    n may differ among processes. The mean of the parts is that of all counted values: the sum here, times W as DDP
-    divides by it, over the count of all W processes.
+    DDP averages the shares of W processes, so a share is the sum here, times W, over the weight of all processes. n may
+    differ among them.
     """
-    count, processes = counted.sum(), 1
+    total, processes = weight.sum(), 1
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(count)
+        dist.all_reduce(total)
         processes = dist.get_world_size()
-    return (values * counted).sum() * processes / count.clamp(min=1)
+    return (values * weight).sum() * processes / total.clamp(min=1)
 
 
 # --- new in ProLIP: how near two Gaussians are, and whether one lies in the other ------------------------------------
@@ -372,8 +372,8 @@ class ProLIP(nn.Module):
     """Two encoders of Gaussians, and two learned numbers, logit_scale and logit_bias.
 
     train.py needs `Config`, `terms` (what forward returns beside the loss, for its log), `example_labels`,
-    `chance_loss`, `tokenize`, `text_batch`, `forward` and `classify`; everybody else `encode_image`, `encode_text`,
-    `similarity` and `from_pretrained`.
+    `chance_loss`, `tokenize`, `text_batch`, `forward`, `encode`, `loss` and `classify`; everybody else `encode_image`,
+    `encode_text`, `similarity` and `from_pretrained`.
     """
     Config = Config
     terms = "ppcl", "image_in_text", "image_in_masked", "text_in_masked", "vib"
@@ -468,7 +468,7 @@ class ProLIP(nn.Module):
         return {"loss": sum(terms.values()), **terms}
 
     def chance_loss(self, batch):
-        """The loss over pairs of a model that tells nothing apart, at its best: 1 / B is its probability of every one."""
+        """The loss over pairs of a model that gives all pairs the same probability, the best one, which is 1 / B."""
         return math.log(batch) + (batch - 1) * math.log(batch / (batch - 1))
 
     @staticmethod

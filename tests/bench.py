@@ -195,8 +195,7 @@ def mixture_losses(batch=256, tokens=32, dim=512, heads=8, temperature=5.0):
     y = 2 * torch.eye(batch) - 1
 
     def published():  # every image mixed for every caption, (B, B, E), then normalised, then compared
-        mixed = F.normalize(llip.mixtures(images, texts, out_proj, temperature), dim=-1)
-        logits = scale * torch.einsum("ite,te->it", mixed, texts.target) + bias
+        logits = scale * llip.plain_cosines(images, texts, out_proj, temperature) + bias
         return -F.logsigmoid(y * logits).sum() / batch
 
     return backwards({"published formula": published,
@@ -266,8 +265,8 @@ def clips_step(batch=64):
         for name, layers in (("towers alone", 0), ("with the captioner", config.caption_layers)):
             with FakeTensorMode(), FlopCounterMode(display=False) as counter:
                 model = clips.CLIPS(replace(config, caption_layers=layers))
-                images = model.image_states(torch.zeros(1, 3, config.image_size, config.image_size))
-                texts = model.text_states(torch.zeros(2, config.context_length, dtype=torch.long))
+                images = model.image_feature_and_states(torch.zeros(1, 3, config.image_size, config.image_size))
+                texts = model.text_feature_and_states(torch.zeros(2, config.context_length, dtype=torch.long))
                 if layers:
                     model.captioner.head(model.captioner(images[1], texts[1][:1]))
             operations[name] = counter.get_total_flops()
@@ -377,7 +376,8 @@ def kept(model, batch):
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         if hasattr(model, "captioner"):  # without its logits, of which there are as many as there are words
-            image, text = model.image_states(batch["images"]), model.text_states(batch["tokens"].repeat(2, 1))
+            image = model.image_feature_and_states(batch["images"])
+            text = model.text_feature_and_states(batch["tokens"].repeat(2, 1))
             features = image[0], text[0], model.captioner(image[1], text[1][:len(image[1])])
         else:
             features = model.encode(**batch)
@@ -448,8 +448,8 @@ def peers():
 
 
 if __name__ == "__main__":
-    commands = {"models": models, "plan": plan, "peers": peers, "step": step, "clip": clip_step, "clips": clips_step, "shapes": shapes,
-                "tokens": tokens, **{model: functools.partial(loss_of, model) for model in LOSSES}}
+    commands = {"models": models, "plan": plan, "peers": peers, "step": step, "clip": clip_step, "clips": clips_step,
+                "shapes": shapes, "tokens": tokens, **{model: functools.partial(loss_of, model) for model in LOSSES}}
     if len(sys.argv) < 2 or sys.argv[1] not in commands or len(sys.argv) > 2 and sys.argv[1] != "models":
         sys.exit(__doc__)
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")

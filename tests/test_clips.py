@@ -127,7 +127,7 @@ def assert_close(found, expected):
 @torch.no_grad()
 def test_the_image_tower_step_by_step():
     model, images = lively(), torch.randn(2, 3, 24, 24, dtype=torch.float64)
-    tower, (features, states) = model.image_encoder, model.image_states(images)
+    tower, (features, states) = model.image_encoder, model.image_feature_and_states(images)
     for image, feature, state in zip(images, features, states):
         patches = [tower.conv1.weight.flatten(1) @ image[:, y:y + 8, x:x + 8].flatten()
                    for y in (0, 8, 16) for x in (0, 8, 16)]
@@ -143,7 +143,7 @@ def test_the_image_tower_step_by_step():
 @torch.no_grad()
 def test_the_text_tower_step_by_step():
     model, tokens = lively(), some_tokens(4, 7, 11)
-    tower, (features, states) = model.text_encoder, model.text_states(tokens)
+    tower, (features, states) = model.text_encoder, model.text_feature_and_states(tokens)
     for row, feature, state in zip(tokens.tolist(), features, states):
         x = torch.stack([tower.token_embedding.weight[i] for i in row]) + tower.positional_embedding
         for block in tower.blocks:
@@ -157,7 +157,7 @@ def test_the_text_tower_step_by_step():
 @torch.no_grad()
 def test_the_captioner_step_by_step():
     model, images, tokens = lively(), torch.randn(2, 3, 24, 24, dtype=torch.float64), some_tokens(4, 9)
-    captioner, patches, words = model.captioner, model.image_states(images)[1], model.text_states(tokens)[1]
+    captioner, patches, words = model.captioner, model.image_feature_and_states(images)[1], model.text_feature_and_states(tokens)[1]
     found = captioner(patches, words)
     for i in range(2):
         prefix = torch.cat([patches[i] @ captioner.image_proj.weight.T, words[i] @ captioner.text_proj.weight.T])
@@ -379,7 +379,7 @@ def test_every_term_equals_a_slow_loop(changes, weight, pad_id):
     batch["targets"][batch["targets"] == 0] = pad_id
     image, web, sub = (encode(batch[name]) for encode, name in (
         (model.encode_image, "images"), (model.encode_text, "tokens"), (model.encode_text, "sub_tokens")))
-    states = model.captioner(model.image_states(batch["images"])[1], model.text_states(batch["tokens"])[1])
+    states = model.captioner(model.image_feature_and_states(batch["images"])[1], model.text_feature_and_states(batch["tokens"])[1])
     for tower in (model.image_encoder, model.text_encoder):
         tower.register_forward_hook(lambda module, args, output: calls.append(tuple(args[0].shape)))
     losses, scale = model(**batch), model.logit_scale.exp().item()
@@ -508,7 +508,7 @@ def test_the_rows_of_a_batch():
     model = small(caption_length=6, pad_id=9)
     longs = ["abc", "abcde", "abcdef", "abcdefghijklmnop"]
     batch = model.text_batch([data.Sample([], text, "xyz") for text in longs], [random.Random(0)] * 4, Letters())
-    assert batch["targets"].tolist() == [[4, 5, 6, 2, 9, 9], [4, 5, 6, 7, 8, 2], *[[4, 5, 6, 7, 8, 9]] * 2]
+    assert batch["targets"].tolist() == [[4, 5, 6, 2, 9, 9], *[[4, 5, 6, 7, 8, 2]] * 3]
     assert torch.equal(batch["tokens"], model.tokenize(["xyz"] * 4, Letters()))
     assert batch["sub_tokens"].tolist() == model.lay_out([range(4, 4 + n) for n in (3, 5, 6, 9)]).tolist()
 
