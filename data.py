@@ -1,13 +1,15 @@
 """Data sets, tokenizers, the picture cache and the loader. Nothing here knows any of the models.
 
-A data set is a `Split`: pictures as uint8 (N, S, S, 3), memory-mapped, each with its captions. Every source ends there:
+A data set is a `Split`: pictures as uint8 (N, S, S, 3), memory-mapped, each with its captions. Every source ends there
+but tar shards, which are streamed:
 
     load("shapes", "train", size=64)                      generated, no download: the first half of this file
     load("flickr8k", "train", size=224, root="data")      downloads both archives, or reads what lies in root
     load("pictures.csv", "train", size=224)               one's own: a folder, a .csv or a .json
 
-A picture is split off whole, never a caption of it, and is in a batch at most once. Each is decoded once, into a cache;
-whatever is random (caption, crop, order) is a function of (seed, epoch or step), never of what ran before.
+A picture is split off whole, never a caption of it, and is in a batch at most once. Each is decoded once, into a cache
+(of shards those alone that are kept apart). Whatever is random (caption, crop, order) is a function of (seed, epoch or
+step), never of what ran before.
 """
 import collections
 import concurrent.futures
@@ -975,8 +977,8 @@ def augment(pixels, rng, flip, scale=(0.5, 1.0)):
 
 
 # === shards: tar files of pictures and captions, streamed ============================================================
-# For what fits neither into memory nor into a cache. A shard is a plain .tar: KEY.jpg (.png, .webp, ...) and, next to it,
-# KEY.txt (a caption a line) or KEY.json with "caption", or with Recap-DataComp's "org_caption" and "re_caption".
+# For what fits neither into memory nor into a cache. A shard is a plain .tar with KEY.jpg (.png, .webp, ...) and, next
+# to it, KEY.txt (a caption a line) or KEY.json with "caption", or Recap-DataComp's "org_caption" and "re_caption".
 
 BUFFER = 5000  # samples, as places in the files, among which a reader draws the next one
 
@@ -985,7 +987,7 @@ Place = collections.namedtuple("Place", "turn drawn")  # of a reader: its pass o
 
 @dataclass
 class Shards:
-    """Training pictures in shards. An epoch is `count` of them, wherever the readers are; the last shard is kept apart."""
+    """Training pictures in shards. An epoch is `count` of them, wherever the readers are then."""
     name: str
     paths: list
     samples: list  # those of the first shard, for a tokenizer to learn from; without the pictures
@@ -1012,11 +1014,11 @@ def shard_paths(pattern):
         paths = sorted(map(Path, glob.glob(pattern)))
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"--data {pattern}: {len(missing)} of {len(paths)} shards are not there: {', '.join(missing[:3])}"
-                        + (", ..." if len(missing) > 3 else ""))
+        raise UserError(f"--data {pattern}: {len(missing)} of {len(paths)} shards are not there: "
+                        + ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else ""))
     if len(paths) < 2:
-        raise UserError(f"--data {pattern}: {len(paths)} shards found; expected two or more, as the last one is kept for "
-                        "validation and test")
+        raise UserError(f"--data {pattern}: {len(paths)} shards found; expected two or more, as the last one is kept "
+                        "for validation and test")
     return paths
 
 
@@ -1040,9 +1042,12 @@ def shard_index(path):
 
 
 def read_part(path, place):
-    with open(path, "rb") as file:
-        file.seek(place[0])
-        content = file.read(place[1])
+    try:
+        with open(path, "rb") as file:
+            file.seek(place[0])
+            content = file.read(place[1])
+    except OSError as error:
+        raise PictureError(f"the shard cannot be read: {error.strerror}") from None
     if len(content) < place[1]:
         raise PictureError("the shard ends in the middle of it")
     return content
@@ -1053,7 +1058,7 @@ def read_captions(path, parts):
     try:
         lines = read_part(path, parts["txt"]).decode("utf-8-sig").splitlines() if "txt" in parts else []
         entry = json.loads(read_part(path, parts["json"])) if "json" in parts else {}
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise PictureError(f"its captions cannot be read ({type(error).__name__})") from None
     entry = entry if isinstance(entry, dict) else {}
     texts = {key: " ".join(entry[key].split()) if isinstance(entry.get(key), str) else ""
@@ -1067,7 +1072,7 @@ def read_captions(path, parts):
 
 def read_shard_sample(path, parts, size, fit):
     """-> uint8 (size, size, 3), Sample; or a PictureError for one that is broken."""
-    picture = next((suffix for suffix in parts if is_picture(f"x.{suffix}")), None)
+    picture = next((suffix for suffix in parts if f".{suffix}" in PICTURE_SUFFIXES), None)
     if picture is None:
         raise PictureError("no picture")
     sample = read_captions(path, parts)
@@ -1081,15 +1086,18 @@ def load_shards(pattern, split, size, fit, cache, count):
         entries, error = shard_index(held_out)
         entries = [(str(held_out), key, parts) for key, parts in entries[split == "test"::2]][:1000]
         if len(entries) < 2:
-            raise UserError(f"{held_out}: {error or 'it holds fewer than four samples'}; as the last shard it is kept for "
-                            "validation and test")
+            raise UserError(f"{held_out}: {error or 'it holds fewer than four samples'}; as the last shard it is kept "
+                            "for validation and test")
 
         def read(source, size, fit):
             return read_shard_sample(source[0], parts_of[source], size, fit)[0]
         parts_of = {entry[:2]: entry[2] for entry in entries}
-        images, kept = cache_pictures(f"{Path(pattern).parent.name}-{split}", list(parts_of), size, fit, cache, read)
+        where = hashlib.sha256(os.path.abspath(pattern).encode()).hexdigest()[:6]  # two folders, two caches
+        name = re.sub(r"\W+", "-", Path(pattern).parent.name) + f"-{split}-{where}"
+        images, kept = cache_pictures(name, list(parts_of), size, fit, cache, read)
         kept = [entries[i] for i in kept]
-        return Split(f"{pattern} {split}", images, [read_captions(path, parts) for path, _, parts in kept], augment=True)
+        samples = [read_captions(path, parts) for path, _, parts in kept]
+        return Split(f"{pattern} {split}", images, samples, augment=True)
     samples = []
     for _, parts in shard_index(paths[0])[0]:
         with contextlib.suppress(PictureError):
@@ -1098,7 +1106,8 @@ def load_shards(pattern, split, size, fit, cache, count):
         raise UserError(f"{paths[0]}: {shard_index(paths[0])[1] or 'no sample with a caption'}; expected KEY.jpg with "
                         "KEY.txt, or KEY.json, for each picture")
     if count is None:
-        count = sum(len(shard_index(path)[0]) for path in paths)
+        bar = tqdm(paths, desc="counting the samples (or say --samples)", unit=" shards", **bar_options())
+        count = sum(len(shard_index(path)[0]) for path in bar)
     return Shards(f"{pattern} train", paths, samples, count, size, fit)
 
 
@@ -1114,7 +1123,7 @@ class ShardReader(torch.utils.data.IterableDataset):
         self.rank, self.world, self.workers = rank, world, max(1, workers)
 
     def draw(self, reader, turn):
-        """The samples of a reader's pass in their order: (path, key, parts) each, or (path, None, what broke it off)."""
+        """The samples of a reader's pass, in order: (path, key, parts) each, or (path, None, what broke it off)."""
         paths = list(self.shards.paths)
         random.Random(f"shards/{self.seed}/{turn}").shuffle(paths)
         rng, buffer = random.Random(f"buffer/{self.seed}/{turn}/{reader}"), []
@@ -1147,8 +1156,8 @@ class ShardReader(torch.utils.data.IterableDataset):
                     if key is None:
                         raise PictureError(parts)
                     pixels, sample = read_shard_sample(path, parts, self.shards.size, self.shards.fit)
-                except PictureError as error:
-                    broken.append(f"{path}{f', {key}' if key else ''}: {error}")
+                except Exception as error:  # the web has files that fail in ways of their own: none may end a run
+                    broken.append(f"{path}{f', {key}' if key else ''}: {error or type(error).__name__}")
                     continue
                 rng = random.Random(f"sample/{self.seed}/{turn}/{reader}/{number}")
                 images.append(augment(pixels, rng, sample.mirrored_is_true))
@@ -1158,12 +1167,16 @@ class ShardReader(torch.utils.data.IterableDataset):
                     yield np.stack(images), samples, rngs, broken, worker, Place(turn, number)
                     batches, images, samples, rngs, broken = batches + 1, [], [], [], []
             if not batches and not drawn:
-                yield None  # too little for a batch: the user is told, by the process that talks
+                yield None, [], [], broken, worker, Place(turn, 0)  # too little for a batch: the user is told
             turn, drawn = turn + 1, 0
 
 
+def as_it_is(batch):
+    return batch
+
+
 class ShardLoader:
-    """As Loader, for Shards. `state()` is what a resumed run needs to know of how far the readers are."""
+    """As Loader, for Shards. state: of all processes, what `state()` was in each, to go on from there."""
     def __init__(self, shards, batch, text_batch, seed=0, rank=0, world=1, workers=2, state=None):
         readers = world * max(1, workers)
         if batch < 2 or batch % world:
@@ -1171,39 +1184,54 @@ class ShardLoader:
         if batch > len(shards):
             raise UserError(f"--batch {batch} is larger than an epoch of {len(shards)} pictures (--samples)")
         if len(shards.paths) < readers:
-            raise UserError(f"{len(shards.paths)} shards to train on, for {world} processes with {max(1, workers)} workers "
-                            "each: every reader needs one; lower --workers, or make more and smaller shards")
-        if state and state["readers"] != [world, workers]:
-            raise UserError("this run was on {0} processes with {1} workers each, here are {2} with {3}: the shards would "
-                            "be dealt out otherwise. Give --workers {1}, and as many processes"
-                            .format(*state["readers"], world, workers))
+            raise UserError(f"{len(shards.paths)} shards to train on, for {world} processes with {max(1, workers)} "
+                            "workers each: every reader needs one; lower --workers, or make more and smaller shards")
+        names = zlib.crc32("".join(path.name for path in shards.paths).encode())
+        self.dealt = {"processes": world, "workers": workers, "shards": len(shards.paths), "names": names}
+        before = {key: value for key, value in state[0].items() if key != "places"} if state else self.dealt
+        if before != self.dealt:
+            found = "{processes} processes with {workers} workers each and {shards} shards"
+            raise UserError(f"this run was on {found.format(**before)}; here are {found.format(**self.dealt)}"
+                            + (" of other names" if before["names"] != names else "")
+                            + ". It can only go on with the same: they are dealt out among the readers")
         self.shards, self.batch, self.text_batch = shards, batch, text_batch
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.steps_per_epoch, self.broken = len(shards) // batch, 0
-        self.places = ([Place(*place) for place in state["places"][rank]] if state
-                       else [Place(0, 0)] * max(1, workers))
+        self.places = [Place(*place) for place in state[rank]["places"]] if state else [Place(0, 0)] * max(1, workers)
 
     def state(self):
-        """Of this process."""
-        return [list(place) for place in self.places]
+        """Of this process, in plain types: how far its readers are, and what that depends on."""
+        return {**self.dealt, "places": [list(place) for place in self.places]}
 
-    def stream(self, first, last):
-        """The batches of steps first to last - 1."""
+    def stream(self, first, last, ahead=2):
+        """The batches of steps first to last - 1, put together in a thread that runs `ahead` of the training step."""
         reader = ShardReader(self.shards, self.batch // self.world, self.seed, self.rank, self.world, self.workers,
                              list(self.places), first)
-        batches = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=self.workers,
-                                              collate_fn=lambda batch: batch,
-                                              prefetch_factor=2 if self.workers else None)
-        for _, batch in zip(range(first, last), batches):
-            if batch is None:
-                raise UserError(f"{self.shards.name}: a reader's share of the shards has fewer good pictures than the "
-                                f"{self.batch // self.world} of its batch; lower --workers or --batch")
-            images, samples, rngs, broken, worker, place = batch
-            self.places[worker] = place
-            for problem in broken[:max(0, 3 - self.broken)]:
-                say(f"left out: {problem}" + ("; of more like it, the number" if self.broken == 2 else ""))
-            self.broken += len(broken)
-            yield {"images": torch.from_numpy(images).permute(0, 3, 1, 2), **self.text_batch(samples, rngs)}
+        read = iter(torch.utils.data.DataLoader(reader, batch_size=None, num_workers=self.workers, collate_fn=as_it_is,
+                                                prefetch_factor=2 if self.workers else None))
+
+        def make():
+            images, samples, rngs, *rest = next(read)
+            if images is None:
+                return None, *rest
+            return {"images": torch.from_numpy(images).permute(0, 3, 1, 2), **self.text_batch(samples, rngs)}, *rest
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            pending = collections.deque(thread.submit(make) for _ in range(first, min(first + ahead, last)))
+            for step in range(first, last):
+                batch, broken, worker, place = pending.popleft().result()
+                for problem in broken:
+                    self.broken += 1
+                    if self.broken <= 3:
+                        say(f"left out: {problem}" + ("; of more like it, only the number" if self.broken == 3 else ""))
+                if batch is None:
+                    raise UserError(f"{self.shards.name}: a reader's share of the shards has fewer good pictures than "
+                                    f"the {self.batch // self.world} of its batch; lower --workers or --batch"
+                                    + (f". The first that is not good: {broken[0]}" if broken else ""))
+                if step + ahead < last:
+                    pending.append(thread.submit(make))
+                self.places[worker] = place
+                yield batch
 
 
 # === tokenizers ======================================================================================================

@@ -10,7 +10,8 @@
 
 A run writes into its folder: last.pt (every epoch, and when interrupted), best.pt (by mean validation R@1), log.csv,
 retrieval.png. The order of the pictures and the captions, crops and dropout of a step follow from (seed, step) alone,
-and so does the learning rate: to resume is to load weights and optimizer and to start counting at another step.
+and so does the learning rate: to resume is to load weights and optimizer and to start counting at another step. (With
+tar shards, also to know how far each reader was.)
 """
 import argparse
 import collections
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -383,11 +385,11 @@ def make_optimizer(model, weight_decay, image_lr=1.0, shard=False):
         groups.setdefault((decay, scale), []).append(p)
     groups = [{"params": params, "weight_decay": weight_decay * decay, "scale": scale}
               for (decay, scale), params in groups.items()]
-    options = dict(betas=(0.9, 0.98), eps=1e-6, fused=model.logit_scale.device.type in ("cuda", "cpu"))
-    if shard and world() > 1:
+    options = dict(betas=(0.9, 0.98), eps=1e-6)
+    if shard and world() > 1:  # not fused: on a GPU, what it loads would lie where fused AdamW does not look for it
         from torch.distributed.optim import ZeroRedundancyOptimizer  # not at the top: it takes a second to import
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, fused=model.logit_scale.device.type in ("cuda", "cpu"), **options)
 
 
 def split_batch(batch, size):
@@ -431,7 +433,9 @@ def backward_in_parts(model, batch, size, device, precision, scaler, seed):
     if world() > 1:  # what DistributedDataParallel does in its one backward pass
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(parameter.grad)
+        for sending in [dist.all_reduce(parameter.grad, async_op=True) for parameter in model.parameters()]:
+            sending.wait()
+        for parameter in model.parameters():
             parameter.grad /= world()
     return losses
 
@@ -481,9 +485,12 @@ class Interrupt:
 
 
 class Watch:
-    """Says, once each, what in a run's figures wants a look. chance: the contrastive loss of a model that is blind."""
-    def __init__(self, chance, patience=10):
-        self.chance, self.said = chance, set()
+    """Says, once each, what in a run's figures wants a look.
+
+    chance: the contrastive loss of a model that tells nothing apart; scale: exp(logit_scale) at the start.
+    """
+    def __init__(self, chance, scale=1.0, patience=10):
+        self.chance, self.said = chance, {"scale"} if scale > 99 else set()  # OpenAI's weights begin at the limit
         self.recent = collections.deque(maxlen=patience)
 
     def look(self, terms, scale):
@@ -510,13 +517,12 @@ def profile(path, wait=3, warmup=2, active=3):
     if path is None:
         yield SimpleNamespace(step=lambda: None)
         return
-
-    def written(profiler):
-        profiler.export_chrome_trace(str(path))
-        tqdm.write(f"trace of {active} steps: {path}, for ui.perfetto.dev")
+    path.unlink(missing_ok=True)
     with torch.profiler.profile(schedule=torch.profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1),
-                                on_trace_ready=written) as profiler:
+                                on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path))) as profiler:
         yield profiler
+    say(f"trace of {active} steps: {path}, for ui.perfetto.dev" if path.exists() else
+        f"no trace: it begins after {wait + warmup} steps, and this run had fewer")
 
 
 class Log:
@@ -596,7 +602,8 @@ def check_texts(model, tokenizer, split):
     length = (tokens != tokenizer.pad_id).sum() / len(texts)
     pictures = collections.Counter(text for sample in split.samples for text in set(sample.captions))
     shared = sum(number for number in pictures.values() if number > 1) / sum(pictures.values())
-    say(f"captions: {len(texts):,} of {length:.1f} tokens on average, with start and end; vocabulary {len(tokenizer):,}"
+    where = "captions of the first shard" if isinstance(split, data.Shards) else "captions"
+    say(f"{where}: {len(texts):,} of {length:.1f} tokens on average, with start and end; vocabulary {len(tokenizer):,}"
         + (f"; {shared:.0%} of them belong to several pictures, and are taken for wrong where they meet another's in a "
            "batch" if shared > 0.1 else "") + "".join(f"; {w.message}" for w in caught))
 
@@ -630,8 +637,8 @@ def choose(args):
             raise UserError(f"--{name} is for shards (--data 'shards/*.tar'), not for {args.data}")
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: expected {least} or more")
-    if args.microbatch is not None and args.microbatch < 1:
-        raise UserError(f"--microbatch {args.microbatch}: expected one image or more, or no such flag for all at once")
+    if args.microbatch < 0:
+        raise UserError(f"--microbatch {args.microbatch}: expected one image or more, or 0 for all at once")
     if not 0 <= args.seed < 2 ** 31:
         raise UserError(f"--seed {args.seed}: expected 0 to 2147483647")
     if args.out and (Path(args.out) / "last.pt").exists() and not args.checkpoint:
@@ -643,8 +650,9 @@ def make_loader(args, training, text_batch, resumed):
     options = dict(seed=args.seed, rank=rank(), world=world())
     if isinstance(training, data.Shards):
         if args.workers is None:
-            cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            args.workers = max(1, min(8, cores, len(training.paths) // world()))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            args.workers = min(from_all(max(1, min(8, cores, len(training.paths) // world()))))
         return data.ShardLoader(training, args.batch, text_batch, workers=args.workers,
                                 state=resumed and resumed["loader"], **options)
     return data.Loader(training, args.batch, text_batch, **options)
@@ -691,13 +699,17 @@ def train(args):
     if args.recompute:
         recompute_blocks(model)
     if args.compile:
+        torch._dynamo.config.optimize_ddp = not args.recompute  # older versions of torch cannot have all three
         for tower in model.children():
             tower.compile()  # in place: the names of the parameters, and so the checkpoints, stay what they are
     loader = make_loader(args, training, lambda samples, rngs: model.text_batch(samples, rngs, tokenizer), resumed)
     optimizer = make_optimizer(model, args.weight_decay, args.image_lr, args.shard_optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    network = model
-    if world() > 1 and not args.microbatch:
+    network, in_parts = model, 0 < args.microbatch < args.batch // world()
+    if world() > 1 and in_parts:
+        for tensor in model.state_dict().values():  # as DistributedDataParallel does: all start from the same
+            dist.broadcast(tensor, 0)
+    elif world() > 1:
         network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     # --- the run ---
@@ -705,7 +717,10 @@ def train(args):
     steps, step, best, minutes = math.ceil(args.epochs * per_epoch), 0, -1.0, 0.0
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.state.clear()  # it keeps the moments twice; its own are in optimizer.optim
+        if scaler.is_enabled() and resumed["scaler"]:
+            scaler.load_state_dict(resumed["scaler"])
         step, best, minutes = resumed["step"], resumed["best"], resumed["minutes"]
         if resumed["images"] != len(training):
             raise UserError(f"{args.checkpoint} is of a run on {resumed['images']:,} training images; here are "
@@ -713,8 +728,9 @@ def train(args):
         if step >= steps and not restarted():
             raise UserError(f"{args.checkpoint} is the end of its run: {step} steps of {steps}; nothing to resume")
         say(f"goes on after step {step} of {steps}")
+        resumed = None  # a copy of all that is in the model and the optimizer now
     if rank() == 0:
-        folder = Path(args.checkpoint).parent if resumed else make_folder(args)
+        folder = Path(args.checkpoint).parent if args.checkpoint else make_folder(args)
         try:
             log = Log(folder / "log.csv", step, getattr(Model, "terms", ()))
         except OSError as error:
@@ -727,18 +743,22 @@ def train(args):
     say(gallery(validation) + (f"; zero-shot: {len(task.images)} pictures, {len(task.prompts)} classes, chance "
                                f"{100 / len(task.prompts):.1f} %" if task else ""))
 
-    def keep(name):
-        if hasattr(optimizer, "consolidate_state_dict"):  # its parts, from all processes
+    def keep(*names):
+        """Write checkpoints; to be called by all processes, as each has a part of what goes into them."""
+        if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict()
-        places = {"readers": [world(), args.workers], "places": from_all(loader.state())}
+        places = from_all(loader.state())
         if rank() == 0:
-            save(folder / name, model=args.model, config=asdict(model.config), tokenizer=tokenizer.state(),
-                 weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step,
-                 loader=places, images=len(training), best=best, minutes=minutes + (time.time() - began) / 60,
-                 args=vars(args), torch=str(torch.__version__))
+            content = dict(model=args.model, config=asdict(model.config), tokenizer=tokenizer.state(),
+                           weights=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                           step=step, loader=places, images=len(training), best=best, job=job(), args=vars(args),
+                           minutes=minutes + (time.time() - began) / 60, torch=str(torch.__version__))
+            for name in names:
+                save(folder / name, **content)
 
     # --- the loop ---
-    waited, since, seen, watch = 0.0, time.time(), 0, Watch(model.chance_loss(args.batch))
+    waited, since, seen, watch = 0.0, time.time(), 0, Watch(
+        model.chance_loss(args.batch), model.logit_scale.exp().item())
     batches = loader.stream(step, steps)
     trace = folder / "trace.json" if args.profile and rank() == 0 else None
     with (Interrupt() as interrupt, profile(trace) as profiler,
@@ -751,7 +771,7 @@ def train(args):
             lr = learning_rate(step, steps, args.lr, args.warmup)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = lr * parameters["scale"]
-            if args.microbatch:
+            if in_parts:
                 losses = backward_in_parts(model, batch, args.microbatch, device, precision, scaler,
                                            seed=f"{args.seed}/{step}/{rank()}")
             else:
@@ -787,7 +807,7 @@ def train(args):
                 scores = {}
                 if ended:
                     if broken := sum(from_all(loader.broken)):
-                        say(f"{broken:,} broken samples of the shards were left out so far")
+                        say(f"{broken:,} broken samples of the shards left out since the run began or went on")
                     scores, _ = evaluate(model, tokenizer, validation, task, precision)
                     bar.clear()
                     say(f"epoch {step / per_epoch:.3g}: loss {loss:.3f}, {rate:.0f} images/s, "
@@ -797,9 +817,8 @@ def train(args):
                 if ended:
                     mean = (scores["i2t_r1"] + scores["t2i_r1"]) / 2
                     better, best = mean > best, max(mean, best)
-                    if better:
-                        keep("best.pt")
-                    keep("last.pt")  # after best.pt: a run killed between the two evaluates this epoch again
+                    # last.pt after best.pt: a run that is killed between the two evaluates this epoch again
+                    keep(*["best.pt"] * better, "last.pt")
                     since, seen, waited = time.time(), 0, 0.0
                 elif stop:
                     keep("last.pt")
@@ -811,7 +830,7 @@ def train(args):
     first = rank() == 0
     if world() > 1:  # the test is for one process, after the last checkpoint is on the disk
         dist.barrier()
-        del network, losses  # they hold the process group, whose threads abort a process that exits with them
+        network = losses = None  # they hold the process group, whose threads abort a process that exits with them
         dist.destroy_process_group()
     if first:
         if peak := peak_memory(device):
@@ -1002,10 +1021,10 @@ def parse(argv):
     add("--weight-decay", type=float)
     add("--warmup", type=float, help="share of the steps in which the learning rate rises, 0 to 1")
     add("--seed", type=int, default=0)
-    # how it is computed, which changes nothing of what is computed
+    # how it is computed; the flags after the first change nothing of what is computed
     add("--precision", choices=("fp32", "bf16", "fp16"), help="(default: what the device is best at)")
-    add("--microbatch", type=int, metavar="N", help="encode N images a process at a time: less memory, a second "
-                                                    "forward pass, and still one batch of all")
+    add("--microbatch", type=int, default=0, metavar="N", help="encode N images a process at a time: less memory, a "
+                                                               "second forward pass, and still one batch (0: all)")
     switch = argparse.BooleanOptionalAction
     add("--recompute", action=switch, default=False, help="keep the inputs of blocks alone for the backward pass: much "
                                                           "less memory, a second forward pass")
@@ -1027,8 +1046,17 @@ def restarted():
     return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
+def job():
+    """What tells a job that was started again from another one with the same --out."""
+    name = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
+    one_machine = int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1
+    if name in ("", "none") and one_machine:
+        return f"parent {os.getppid()}"  # torchrun, which outlives the processes that it starts
+    return name
+
+
 def settle(argv):
-    """The flags; for --resume and --eval those of the checkpoint, of which only the places of files may change."""
+    """The flags; for --resume and --eval those of the checkpoint, but for where files lie and how it is computed."""
     parser, args = parse(argv)
     if args.search:
         for name, value in vars(args).items():
@@ -1037,16 +1065,21 @@ def settle(argv):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("--search is for one process: start it with python, not with torchrun")
         return args
-    if restarted() and args.out and not args.resume and not args.eval and (Path(args.out) / "last.pt").exists():
-        argv = [*(sys.argv[1:] if argv is None else argv), "--resume", args.out]  # the same command, but not anew
-        args = parser.parse_args(argv)
+    if restarted() and not (args.resume or args.eval):
+        last = Path(args.out or "") / "last.pt"
+        if not args.out:
+            say("started again, but without --out nobody knows from where: this is a new run")
+        elif last.exists() and read_checkpoint(last).get("job") == job():
+            argv = [*(sys.argv[1:] if argv is None else argv), "--resume", args.out]  # the same command, but not anew
+            args = parser.parse_args(argv)
     path = Path(args.resume) / "last.pt" if args.resume and Path(args.resume).is_dir() else args.resume or args.eval
     if path:
         if args.resume and released(path):
             raise UserError("--resume {0}/{1}: released weights are no run; to start from them: "
                             "--model {0} --config {1}".format(*released(path)))
         saved = {**vars(parser.parse_args([])), **saved_flags(path)}
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in ("resume", "eval")})
+        own = "resume", "eval", "profile"  # of this call alone
+        parser.set_defaults(**{name: value for name, value in saved.items() if name not in own})
         args = parser.parse_args(argv)
         movable = {"resume", "eval", "cache", "root", "checkpoint", "microbatch", "recompute", "compile",
                    "shard_optimizer", "profile"} | ({"data", "precision"} if args.eval else set())
@@ -1071,8 +1104,15 @@ def main(argv=None):
                 raise UserError(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node to that")
             if gpu:
                 torch.cuda.set_device(pick_device())
-            # a long timeout: the others wait while one process downloads and decodes
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6))
+            # A long timeout: the others wait while one process downloads and decodes. A prefix: after a restart torchrun's
+            # store still holds the addresses of the processes that were lost, and some would try to reach them.
+            store, number, processes = next(rendezvous("env://"))
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=number, world_size=processes,
+                                    timeout=timedelta(hours=6))
+            if len(set(from_all(bool(getattr(args, "checkpoint", None))))) > 1:
+                raise UserError(f"--out {args.out}: some processes see a checkpoint there, others do not; it must be a "
+                                "folder that all machines share")
         if args.search:
             say(search(args))
         elif args.eval:
@@ -1082,7 +1122,13 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: out of GPU memory ({str(error).splitlines()[0]}); lower --batch, or use more GPUs")
+        sys.exit(f"train.py: out of GPU memory ({str(error).splitlines()[0]}); --microbatch 32 or --recompute need "
+                 "less and change nothing else; or lower --batch, or use more GPUs")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        sys.exit(f"train.py: --compile does not work here ({str(error).strip().splitlines()[0]}); go on without it, "
+                 "with --resume and --no-compile if the run has begun")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

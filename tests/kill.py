@@ -3,8 +3,8 @@
     python tests/kill.py                  # 30 kills, a third of them inside a save; 10 minutes
     python tests/kill.py --processes 2    # the same with two processes, of which a random one is killed
 
-Every time the run goes on from its last checkpoint. What must hold: each checkpoint that lies there can be read, whenever
-the killing was, and the weights at the end are those of a run that nobody disturbed, to the bit.
+Every time the run goes on from its last checkpoint. What must hold: each checkpoint that lies there can be read, and
+the weights at the end are those of a run that nobody disturbed, to the bit.
 """
 import argparse
 import os

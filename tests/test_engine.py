@@ -270,11 +270,39 @@ def test_two_processes_with_microbatches_and_a_shared_optimizer(run, pictures, t
         assert torch.allclose(one["state"][number]["exp_avg"], two["state"][number]["exp_avg"], rtol=1e-2, atol=1e-5)
 
 
+def test_a_shared_optimizer_goes_on_with_other_processes(run, pictures, tmp_path, monkeypatch):
+    """Begun on one process without the flag, gone on with on two with it; and the copy of the moments is let go."""
+    stopped_after_an_epoch(arguments(pictures, tmp_path / "out"), monkeypatch)
+    result = torchrun(2, ROOT / "train.py", "--resume", tmp_path / "out", "--shard-optimizer", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_near(run["weights"], torch.load(tmp_path / "out" / "last.pt", weights_only=True)["weights"])
+
+
+def test_what_cannot_be_compiled_gets_one_line(pictures, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+
+    def failing(tower):
+        def broken(*inputs):
+            raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no compiler"), None)
+        tower.forward = broken
+    monkeypatch.setattr(torch.nn.Module, "compile", failing)
+    with pytest.raises(SystemExit, match="train.py: --compile does not work here .*; go on without it"):
+        train.main(arguments(pictures, tmp_path, "--compile"))
+
+
 def test_a_profile_is_written(pictures, tmp_path, capsys):
     train.main(arguments(pictures, tmp_path, "--epochs", "5", "--profile"))
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
     assert "trace of 3 steps" in capsys.readouterr().out
+    train.main(["--eval", str(tmp_path / "best.pt")])
+    assert "trace" not in capsys.readouterr().out
+
+
+def test_a_run_too_short_for_a_profile_says_so(pictures, tmp_path, capsys):
+    train.main(arguments(pictures, tmp_path, "--epochs", "2", "--profile"))
+    assert not (tmp_path / "trace.json").exists()
+    assert "no trace: it begins after 5 steps" in capsys.readouterr().out
 
 
 def test_peak_memory_is_told(pictures, tmp_path, capsys):
@@ -283,21 +311,28 @@ def test_peak_memory_is_told(pictures, tmp_path, capsys):
     assert 0.1 < float(found[1]) < 20
 
 
-def test_a_restarted_job_goes_on(run, pictures, tmp_path, monkeypatch, capsys):
-    """torchrun --max-restarts and SLURM's --requeue start the same command again."""
-    class Stop(Exception):
-        pass
-    flags = arguments(pictures, tmp_path)
+class Stop(Exception):
+    pass
+
+
+def stopped_after_an_epoch(flags, monkeypatch):
+    """A run that is lost after its first checkpoint."""
     keep = train.save
 
     def save_once(path, **content):
         keep(path, **content)
         if path.name == "last.pt":
             raise Stop
-    monkeypatch.setattr(train, "save", save_once)
-    with pytest.raises(Stop):
-        train.main(flags)
-    monkeypatch.setattr(train, "save", keep)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", save_once)
+        with pytest.raises(Stop):
+            train.main(flags)
+
+
+def test_a_restarted_job_goes_on(run, pictures, tmp_path, monkeypatch, capsys):
+    """torchrun --max-restarts and SLURM's --requeue start the same command again."""
+    flags = arguments(pictures, tmp_path)
+    stopped_after_an_epoch(flags, monkeypatch)
     with pytest.raises(SystemExit, match="holds a run already"):  # the same command by hand is a mistake
         train.main(flags)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -305,6 +340,22 @@ def test_a_restarted_job_goes_on(run, pictures, tmp_path, monkeypatch, capsys):
     assert "goes on after step 2" in capsys.readouterr().out
     resumed = torch.load(tmp_path / "last.pt", weights_only=True)["weights"]
     assert all(torch.equal(resumed[name], run["weights"][name]) for name in resumed)
+    train.main(flags)  # lost again, after its last checkpoint: what is left is the test
+    assert "| clip tiny |" in capsys.readouterr().out
+
+
+def test_a_restarted_job_does_not_go_on_with_anothers_run(pictures, tmp_path, monkeypatch, capsys):
+    flags = arguments(pictures, tmp_path / "taken")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    stopped_after_an_epoch(flags, monkeypatch)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit, match="holds a run already"):
+        train.main(flags)
+    monkeypatch.chdir(tmp_path)
+    place = flags.index("--out")
+    train.main([*flags[:place], *flags[place + 2:], "--epochs", "0.5"])
+    assert "started again, but without --out nobody knows from where" in capsys.readouterr().out
 
 
 def test_a_killed_process_is_started_again_by_torchrun(run, pictures, tmp_path):
@@ -360,6 +411,7 @@ def test_a_scale_at_its_limit_is_noticed(capsys):
     assert said(watch, capsys, [3.0], scale=99.0) == ""
     assert "limit of 100" in said(watch, capsys, [3.0], scale=100.0)
     assert said(watch, capsys, [3.0], scale=100.0) == ""
+    assert said(train.Watch(4.16, scale=100.0), capsys, [3.0], scale=100.0) == ""  # as OpenAI's weights begin
 
 
 @pytest.mark.parametrize("captions, said", [

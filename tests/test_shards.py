@@ -3,6 +3,7 @@ import collections
 import io
 import itertools
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -123,9 +124,8 @@ def test_a_resumed_stream_is_the_same(pattern, tmp_path, world, workers):
         whole = list(data.ShardLoader(shards, 6, texts, **options).stream(0, 27))  # more than a pass
         loader = data.ShardLoader(shards, 6, texts, **options)
         list(loader.stream(0, 13))
-        places = json.loads(json.dumps([loader.state()] * world))  # plain types
-        resumed = data.ShardLoader(shards, 6, texts, **options,
-                                   state={"readers": [world, workers], "places": places})
+        state = json.loads(json.dumps([loader.state()] * world))  # plain types
+        resumed = data.ShardLoader(shards, 6, texts, **options, state=state)
         rest = list(resumed.stream(13, 27))
         assert len(rest) == 14
         for a, b in zip(whole[13:], rest):
@@ -174,7 +174,7 @@ def test_broken_samples_are_left_out_and_counted(tmp_path, capsys):
         broken += problems
     text = "\n".join(broken)
     for part in ("b1: cannot identify", "b2: no caption: expected KEY.txt", "b3: no picture",
-                 "b4: its captions cannot be read", "b5: its captions cannot be read", "001.tar: unexpected end of data",
+                 "b4: its captions cannot be", "b5: its captions cannot be read", "001.tar: unexpected end of data",
                  "002.tar: "):
         assert part in text, (part, text)
 
@@ -207,7 +207,8 @@ def test_captions_of_every_form(tmp_path):
     (dict(batch=7, world=2), "--batch 7: expected two or more, a multiple of the 2 processes"),
     (dict(batch=100), "larger than an epoch of 77 pictures"),
     (dict(world=3, batch=6, workers=4), "7 shards to train on, for 3 processes with 4 workers each"),
-    (dict(batch=6, state={"readers": [2, 1], "places": []}), "on 2 processes with 1 workers each, here are 1 with 2"),
+    (dict(batch=6, state=[{"processes": 2, "workers": 1, "shards": 7, "names": 0, "places": []}]),
+     "was on 2 processes with 1 workers each and 7 shards; here are 1 processes with 2 workers each and 7 shards of o"),
 ])
 def test_mistakes_get_one_line(pattern, tmp_path, options, message):
     with pytest.raises(data.UserError, match=message):
@@ -218,6 +219,39 @@ def test_too_little_for_a_batch(pattern, tmp_path):
     loader = data.ShardLoader(load(pattern, tmp_path), 60, texts, workers=2)
     with pytest.raises(data.UserError, match="fewer good pictures than the 60 of its batch"):
         list(loader.stream(0, 3))
+
+
+def test_shards_that_vanish_are_named(tmp_path):
+    """As when the storage they lie on goes away: the reason is told, not the consequence alone."""
+    pattern = write_shards(tmp_path / "shards", (4, 4, 4))
+    loader = data.ShardLoader(load(pattern, tmp_path), 2, texts, workers=0)
+    for path in (tmp_path / "shards").glob("*.tar"):
+        path.unlink()
+    data.shard_index.cache_clear()
+    with pytest.raises(data.UserError, match="The first that is not good: .*00..tar: .*No such file"):
+        list(loader.stream(0, 3))
+
+
+def test_readers_can_be_sent_to_processes_that_share_nothing(pattern, tmp_path):
+    """As on Windows and macOS, where worker processes start from nothing."""
+    reader = data.ShardReader(load(pattern, tmp_path), 2, 0, 0, 1, 1, [data.Place(0, 0)], 0)
+    again, collate = pickle.loads(pickle.dumps((reader, data.as_it_is)))
+    one, two = (next(iter(each)) for each in (reader, again))
+    assert (one[0] == two[0]).all() and collate(one) is one
+
+
+def test_masks_and_leftovers_are_no_pictures(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.seg.png", "a.jpg", "._a.jpg"):
+            add(tar, name, png(5 if name == "a.jpg" else 0))
+        add(tar, "a.txt", b"a cat")
+    found = {}
+    for key, parts in data.shard_index(tmp_path / "0.tar")[0]:
+        try:
+            found[key] = data.read_shard_sample(tmp_path / "0.tar", parts, 16, "crop")[0][8, 8, 0]
+        except data.PictureError as error:
+            found[key] = str(error)
+    assert found.pop("a") == 5 * 16 and all(isinstance(value, str) for value in found.values())
 
 
 def test_the_last_shard_is_kept_apart_for_validation_and_test(pattern, tmp_path):
