@@ -320,31 +320,35 @@ def llip_claims(seeds, out):
     report(f"Llip tiny on shapes, seeds {', '.join(map(str, seeds))}: mean ± sd (each)", found)
 
 
-def draw_llip(path, model, tokenizer, key="0/test/20", side=224, gap=16):
+def draw_llip(path, model, tokenizer, key="0/test/20", side=224, gap=16, cell=26):
     """One image, three captions, and what each takes from the image: a row for each mixing head, a column a token."""
-    scene = data.make_scene(key, count=2)
-    captions = [data.captions(scene)[i] for i in (0, 2, 3)]  # a thing, the count, the background
+    scene, words = data.make_scene(key, count=2), data.ENGLISH
+    captions = [data.grammar(text) for text in (
+        *(words["object"][2].format(a=data.describe(thing, words, ("colour", "shape"))) for thing in scene.things),
+        words["count"][0].format(n=words["counts"][1]), words["backdrop"][0].format(bg=scene.background))]
     picture = torch.from_numpy(data.draw(scene, model.config.image_size)).permute(2, 0, 1)[None]
     with torch.no_grad():
         images = model.encode_image(picture)
         texts = model.encode_text(model.tokenize(captions, tokenizer))
-        weights = llip.mixing_weights(images.keys, texts.query, model.temperature)[0]  # (M, K, 3)
+        weights = llip.mixing_weights(images.keys, texts.query, model.temperature)[0]  # (M, K, captions)
         cosines = model.similarity(images, texts)[0]
     heads, tokens, _ = weights.shape
-    cell, font = 26, ImageFont.load_default(14)
-    height = len(captions) * (heads * cell + 44) + gap
-    sheet = Image.new("RGB", (side + 3 * gap + max(tokens * cell, 420), max(height, side + 2 * gap)), "white")
+    font, small, each = ImageFont.load_default(14), ImageFont.load_default(12), heads * cell + 40
+    sheet = Image.new("RGB", (side + 3 * gap + tokens * cell, len(captions) * each + 2 * gap + 16), "white")
     pen = ImageDraw.Draw(sheet)
     sheet.paste(Image.fromarray(data.draw(scene, side)), (gap, gap))
+    x = side + 2 * gap
     for i, caption in enumerate(captions):
-        x, y = side + 2 * gap, gap + i * (heads * cell + 44)
-        pen.text((x, y), f"{caption}   (cosine {cosines[i]:.2f})", fill="black", font=font)
+        top = gap + i * each
+        pen.text((x, top), f"{caption}   (cosine {cosines[i]:.2f})", fill="black", font=font)
         for head in range(heads):
             for token in range(tokens):
-                shade = int(255 * (1 - min(1.0, weights[head, token, i].item() / weights.max().item())))
-                left, top = x + token * cell, y + 22 + head * cell
-                pen.rectangle((left, top, left + cell - 2, top + cell - 2), fill=(shade, shade, 255),
+                shade = int(255 * (1 - weights[head, token, i].item()))
+                place = x + token * cell, top + 22 + head * cell
+                pen.rectangle((*place, place[0] + cell - 2, place[1] + cell - 2), fill=(shade, shade, 255),
                               outline=(210, 210, 225))
+    pen.text((x, gap + len(captions) * each), f"columns: {tokens} mixture tokens; rows: {heads} heads; blue: weight 1",
+             fill="gray", font=small)
     sheet.save(path)
     print(f"picture: {path}")
 
