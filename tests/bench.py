@@ -2,6 +2,7 @@
 
     python tests/bench.py models      # a training step of every model: time, memory, arithmetic
                                       # (or of those named: models clip/vit-b-16 llip/vit-b-16-k32; --compile)
+    python tests/bench.py loading     # batches without a model: from the cache, and from tar shards
     python tests/bench.py plan        # what the large sizes need of a GPU's memory, worked out without one
     python tests/bench.py peers       # the next four, as far as the packages are there
     python tests/bench.py step        # one liteclip training step against the published stack
@@ -15,6 +16,7 @@
     python tests/bench.py tokens      # training the tokenizer and encoding with it
 """
 import functools
+import io
 import itertools
 import math
 import platform
@@ -26,8 +28,10 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -308,8 +312,7 @@ def clock(function, device):
 
 
 MEASURED = {  # model/size: images a step
-    "cpu": {"liteclip/tiny": 64, "clip/tiny": 64, "prolip/tiny": 64, "llip/tiny": 64, "clips/tiny": 64,
-            "liteclip/liteclip": 16, "clip/vit-b-32": 16},
+    "cpu": {"liteclip/tiny": 64, "clip/tiny": 64, "prolip/tiny": 64, "llip/tiny": 64, "clips/tiny": 64},
     "cuda": {"liteclip/liteclip": 512, "clip/vit-b-32": 2048, "clip/vit-b-16": 1024, "prolip/vit-b-16": 768,
              "llip/vit-b-16-k32": 768, "clips/vit-l-14-224": 256, "clip/vit-l-14": 256},
 }
@@ -352,12 +355,45 @@ def models(*names, compile=False):
             for _ in range(3):
                 step()
             seconds = statistics.median(clock(step, device) for _ in range(5))
-            memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}" if device.type == "cuda" else ""
+            memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak(step)
             rate = counter.get_total_flops() / seconds
             images = len(batch["images"])
-            print(f"| {name} | {precision} | {images} | {1000 * seconds:.0f} | {images / seconds:.0f} | {memory} | "
-                  f"{rate / 1e12:.2f} | {rate / rates[precision]:.0%} |", flush=True)
+            print(f"| {name} | {precision} | {images} | {1000 * seconds:.0f} | {images / seconds:.0f} | "
+                  f"{memory / 2 ** 30:.2f} | {rate / 1e12:.2f} | {rate / rates[precision]:.0%} |", flush=True)
             del model, optimizer, batch, step
+
+
+def loading(pictures=2000, batch=64):
+    """Batches of photographs alone, without a model: from the cache, with crops and flips, and from tar shards."""
+    import tarfile
+    import tempfile
+    rng = np.random.default_rng(0)
+    for size in (64, 224):
+        images = rng.integers(0, 256, (pictures if size == 64 else pictures // 8, size, size, 3), dtype=np.uint8)
+        split = data.Split("here", images, [data.Sample(["a cat"])] * len(images), augment=True)
+        loader = data.Loader(split, batch, lambda samples, rngs: {})
+        seconds = min(clock(lambda: [loader.batch_at(step) for step in range(loader.steps_per_epoch)],
+                            torch.device("cpu")) for _ in range(3))
+        print(f"from the cache, {size} pixels, crops and flips: "
+              f"{loader.steps_per_epoch * batch / seconds:.0f} images/s")
+    with tempfile.TemporaryDirectory() as folder:
+        for shard in range(3):
+            with tarfile.open(f"{folder}/{shard}.tar", "w") as tar:
+                for i in range(256):
+                    noise = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+                    buffer = io.BytesIO()
+                    noise.resize((500, 375), Image.BICUBIC).save(buffer, "JPEG", quality=90)
+                    for name, content in (("jpg", buffer.getvalue()), ("txt", b"a cat")):
+                        entry = tarfile.TarInfo(f"{i}.{name}")
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+        shards = data.load(f"{folder}/*.tar", "train", 224, cache=folder)
+        for workers in (0, 2):
+            loader = data.ShardLoader(shards, batch, lambda samples, rngs: {}, workers=workers)
+            began = time.perf_counter()
+            list(loader.stream(0, 12))
+            print(f"from shards, JPEGs of 500 x 375 to 224 pixels, {workers} workers: "
+                  f"{12 * batch / (time.perf_counter() - began):.0f} images/s")
 
 
 PLANNED = ("clip/vit-b-16", "clip/vit-l-14", "prolip/vit-b-16", "prolip/vit-h-14", "llip/vit-b-16-k32",
@@ -448,8 +484,9 @@ def peers():
 
 
 if __name__ == "__main__":
-    commands = {"models": models, "plan": plan, "peers": peers, "step": step, "clip": clip_step, "clips": clips_step,
-                "shapes": shapes, "tokens": tokens, **{model: functools.partial(loss_of, model) for model in LOSSES}}
+    commands = {"models": models, "loading": loading, "plan": plan, "peers": peers, "step": step, "clip": clip_step,
+                "clips": clips_step, "shapes": shapes, "tokens": tokens,
+                **{model: functools.partial(loss_of, model) for model in LOSSES}}
     if len(sys.argv) < 2 or sys.argv[1] not in commands or len(sys.argv) > 2 and sys.argv[1] != "models":
         sys.exit(__doc__)
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
