@@ -426,7 +426,7 @@ def torchscript_state(source):
             if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return source
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; these files stay what they are
+            warnings.simplefilter("ignore")  # torch.jit is deprecated; these files stay what they are
             return torch.jit.load(source, map_location="cpu").state_dict()
     except (RuntimeError, zipfile.BadZipFile):
         raise ValueError(f"{source} is no checkpoint: a damaged archive") from None
