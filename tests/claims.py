@@ -2,7 +2,7 @@
 
     python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 5 minutes on two cores
     python tests/claims.py llip              # numbers of tokens, what is not mixed, temperature; 21 runs
-    python tests/claims.py clips             # which part of a long caption, how much of it, captioner; 30 runs
+    python tests/claims.py clips             # which part of a long caption, how much of it, captioner; 33 runs; matplotlib
 
 Runs go to runs/claims/ and are used again when they are there. --seeds 0 for one run, --out FOLDER for the pictures.
 """
@@ -410,7 +410,7 @@ def clips_claims(seeds, out, epochs="2"):
 def written(model, tokenizer, split, web=False, rows=slice(None)):
     """What the captioner says of pictures of a split, with or without their web captions."""
     samples = split.samples[rows]
-    images = torch.from_numpy(np.ascontiguousarray(split.images[rows])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.array(split.images[rows])).permute(0, 3, 1, 2)
     return model.caption(images, tokenizer, model.tokenize([s.web for s in samples], tokenizer) if web else None)
 
 
@@ -442,70 +442,53 @@ def wrap(text, pen, font, width):
     return lines
 
 
-def draw_captions(path, model, tokenizer, split, count=6, side=128, gap=16, width=860):
+def draw_captions(path, model, tokenizer, split, count=6, side=128, gap=16, width=860, line=19):
     """Pictures, what the web says of them, what a captioner said, and what the model says from the picture alone."""
-    said = written(model, tokenizer, split, rows=slice(count))
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    sheet = Image.new("RGB", (width, count * (side + gap) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (sample, text) in enumerate(zip(split.samples, said)):
-        y = gap + i * (side + gap)
-        sheet.paste(Image.fromarray(data.draw(data.make_scene(f"0/test/{i}"), side)), (gap, y))
-        for label, words, colour in (("web", sample.web, "gray"), ("synthetic", sample.long, "gray"),
-                                     ("written", text, "black")):
+    pen, rows = ImageDraw.Draw(Image.new("RGB", (1, 1))), []
+    for sample, text in zip(split.samples, written(model, tokenizer, split, rows=slice(count))):
+        words = (("web", sample.web, "gray"), ("synthetic", sample.long, "gray"), ("written", text, "black"))
+        rows.append([(label, wrap(text, pen, font, width - side - 4 * gap - 64), colour)
+                     for label, text, colour in words])
+    heights = [max(side, sum(line * len(lines) + 5 for _, lines, _ in row)) for row in rows]
+    sheet = Image.new("RGB", (width, sum(heights) + gap * (count + 1)), "white")
+    pen, top = ImageDraw.Draw(sheet), gap
+    for i, (row, height) in enumerate(zip(rows, heights)):
+        sheet.paste(Image.fromarray(data.draw(data.make_scene(f"0/test/{i}"), side)), (gap, top))
+        y = top
+        for label, lines, colour in row:
             pen.text((side + 2 * gap, y), label, fill=(70, 110, 200), font=small)
-            for line in wrap(words, pen, font, width - side - 4 * gap - 64):
-                pen.text((side + 2 * gap + 68, y - 1), line, fill=colour, font=font)
-                y += 19
+            for text in lines:
+                pen.text((side + 2 * gap + 68, y - 1), text, fill=colour, font=font)
+                y += line
             y += 5
+        top += height + gap
     sheet.save(path)
     print(f"picture: {path}")
 
 
-def draw_lengths(path, points, whole, sentence, width=400, height=300):
+def draw_lengths(path, points, whole, sentence):
     """The inverse effect: accuracy against how much of the synthetic caption is contrasted, a line for each way."""
-    colours = {"first": (214, 48, 49), "block": (64, 160, 74), "random": (240, 138, 36)}
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    sheet = Image.new("RGB", (2 * width, height + 60), "white")
-    pen = ImageDraw.Draw(sheet)
-    for panel, title in enumerate(("mean R@1, %", "zero-shot, %")):
-        means = {name: statistics.mean(values[panel] for values in rows) for name, rows in points.items()}
-        spread = {name: statistics.pstdev([values[panel] for values in rows]) for name, rows in points.items()}
-        low = min(means[name] - spread[name] for name in means)
-        high = max(means[name] + spread[name] for name in means)
-        left, top, right, bottom = panel * width + 48, 40, (panel + 1) * width - 20, height
-
-        def x(tokens):
-            return left + (right - left - 20) * tokens / (whole * 1.1) + 10
-
-        def y(value):
-            return bottom - (bottom - top) * (value - low) / (high - low)
-        pen.text((left, 10), title, fill="black", font=font)
-        pen.line((left, top, left, bottom + 6, right, bottom + 6), fill="gray")
-        for value in (low, (low + high) / 2, high):
-            pen.text((left - 36, y(value) - 7), f"{value:.0f}", fill="gray", font=small)
-        for tokens in (*LENGTHS, round(whole)):
-            pen.text((x(tokens) - 6, bottom + 10), str(tokens), fill="gray", font=small)
-        pen.text((left + 60, bottom + 28), "tokens of the synthetic caption (mean)", fill="gray", font=small)
-
-        def mark(tokens, name, colour):
-            centre, value, sd = x(tokens), means[name], spread[name]
-            pen.line((centre, y(value - sd), centre, y(value + sd)), fill=colour)
-            pen.ellipse((centre - 4, y(value) - 4, centre + 4, y(value) + 4), fill=colour)
-            return centre, y(value)
-        for how, colour in colours.items():
-            ends = [mark(length, f"{PARTS[how]}, {length}", colour) for length in LENGTHS]
-            pen.line([*ends, mark(whole, "the whole", (0, 0, 0))], fill=colour, width=2)
-        mark(whole, "the whole", (0, 0, 0))
-        mark(sentence, "one sentence", (44, 92, 214))
-        level = y(means["web caption alone"])
-        for dash in range(int(left), int(right), 10):
-            pen.line((dash, level, dash + 5, level), fill="gray")
-    legend = [(PARTS[how], colour) for how, colour in colours.items()] + [
-        ("one sentence", (44, 92, 214)), ("the whole", (0, 0, 0)), ("- - web caption alone", (128, 128, 128))]
-    for i, (text, colour) in enumerate(legend):
-        pen.text((30 + i * 128, height + 44), text, fill=colour, font=small)
-    sheet.save(path)
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4), layout="constrained")
+    for panel, (axis, title) in enumerate(zip(axes, ("mean R@1 (%)", "zero-shot (%)"))):
+        def mark(tokens, names, **style):
+            values = [[seed[panel] for seed in points[name]] for name in names]
+            axis.errorbar(tokens, [statistics.mean(v) for v in values],
+                          [statistics.stdev(v) if len(v) > 1 else 0 for v in values], capsize=3, marker="o", **style)
+        for how, words in PARTS.items():
+            mark([*LENGTHS, whole], [*(f"{words}, {length}" for length in LENGTHS), "the whole"], label=words)
+        mark([whole], ["the whole"], color="black", label="the whole", linestyle="none")
+        mark([sentence], ["one sentence"], color="tab:purple", label="one sentence", linestyle="none")
+        alone = statistics.mean(seed[panel] for seed in points["web caption alone"])
+        axis.axhline(alone, color="gray", linestyle="--", label="web caption alone")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("tokens of the synthetic caption (mean)", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
     print(f"picture: {path}")
 
 
@@ -518,4 +501,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("."), help="where pictures go (default: here)")
     options = parser.parse_args()
+    if options.model == "clips":
+        try:
+            import matplotlib  # noqa: F401, to fail before the training, not after
+        except ModuleNotFoundError:
+            sys.exit("the plot of the inverse effect needs matplotlib: pip install matplotlib")
     claims[options.model](options.seeds, options.out)
