@@ -20,12 +20,12 @@ output around them; contrastive_loss is the paper; CLIP joins the three. That is
 you need it: published weights, sizes and recipes, a pipeline, KoCLIP.
 
 It computes what OpenAI's code computes (tests/golden holds the values). What differs:
-  - the text feature is taken at the first end-of-text id, `end_id`, and not at the largest id: the same for CLIP's
-    tokenizer, and any other will do;
+  - the text feature is taken at the first end-of-text id, `end_id`, and not at the largest id: the same token with
+    CLIP's tokenizer, but another tokenizer's end may be any id;
   - texts need not be padded to 77: attention is causal, so nothing behind the end of a text can change its feature.
     Longer ones are cut, with a warning, where OpenAI's code refuses them;
-  - training, of which OpenAI published the description alone: the loss is over the batch of all processes, each
-    computing its own rows; flips join the random crop where captions allow them; a batch is what your machine holds;
+  - training, of which OpenAI published the description alone: flips join the random crop where captions allow them,
+    and a batch is what your machine holds. (That each process computes its own rows of the global loss is theirs, too.)
   - the tiny size begins with `head_start`; the published sizes begin as published.
 
     python train.py --model clip                                       # the tiny one on generated pictures: 5 minutes
@@ -64,7 +64,7 @@ class Config:
     text_mlp: int = 2048
     embed_dim: int = 512
     activation: str = "quick_gelu"   # OpenAI's weights; LAION's need "gelu"
-    head_start: bool = False         # for fresh small towers: see the function of that name
+    head_start: bool = False         # for a fresh small image tower: see the function of that name
 
 
 def quick_gelu(x):
@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 class ImageEncoder(nn.Module):
     """ViT: images (B, 3, S, S), normalised -> (B, E)."""
-    patch_bias, eps = False, 1e-5  # KoCLIP's other tower differs here
+    patch_bias, eps = False, 1e-5  # others in the class ViT, for KoCLIP
 
     def __init__(self, config):
         super().__init__()
@@ -151,7 +151,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A causal transformer: tokens (B, L) with `end_id` in every row -> (B, E), from the state at the first `end_id`.
 
-    Only there has it read the whole text. Nothing after it has any influence: padding may be any id and any length.
+    That state is the first to have read the whole text. What follows cannot influence it: padding may be any id, any
+    length.
     """
     def __init__(self, config):
         super().__init__()
@@ -175,7 +176,9 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, causal=True)
         ends = tokens == self.end_id
-        if tokens.device.type == "cpu" and not ends.any(dim=1).all():  # on a GPU, to ask is to wait for the answer
+        # Asked on a CPU alone: of a GPU one would have to wait for the answer. There, a row without an end gives its
+        # first state, for argmax over nothing but zeros is 0.
+        if tokens.device.type == "cpu" and not ends.any(dim=1).all():
             raise ValueError(f"a row of tokens has no end-of-text id {self.end_id}: is this the model's own tokenizer?")
         x = x[torch.arange(len(x), device=x.device), ends.int().argmax(dim=1)]  # (B, D), argmax: the first of them
         return self.ln_final(x) @ self.text_projection  # (B, E)
@@ -188,8 +191,9 @@ class Gather(torch.autograd.Function):
 
     Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up the terms of the sum, and DDP, which averages gradients
-    over the processes, supplies 1/W.
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up, over q, what comes through the gathered copies; what
+    comes through the rows of l_r itself, autograd adds; and DDP, which averages gradients over the processes, supplies
+    1/W.
     """
     @staticmethod
     def forward(ctx, x):
@@ -214,7 +218,7 @@ def upcast(x):
 
 
 def full_precision(x):
-    """Switches autocast off: encoders may run in bf16, the lengths, similarities and the loss do not."""
+    """Switches autocast off on x's device: towers may run in bf16; normalising, similarities and the loss do not."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -223,9 +227,10 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features: (B, E) of length 1, row i of one belongs to row i of the other;
     scale: exp(logit_scale).
-    Local rows against the columns of all W processes. Never negative. Features that are all alike give just ln(W B);
-    an untrained model lies a little above.
-    In fp32: at a scale of 100, logits in bf16 are wrong by 0.1 to 0.5, and this product costs next to nothing.
+    Local rows against the columns of all W processes. Features that are all alike give just ln(W B); an untrained
+    model lies a little above.
+    In fp32: in bf16 and at a scale of 100, logits of right pairs are wrong by up to 0.4, and this product costs next to
+    nothing.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
@@ -241,8 +246,9 @@ def contrastive_loss(image_features, text_features, scale):
 class CLIP(nn.Module):
     """Two encoders and one learned number, logit_scale.
 
-    train.py needs `Config`, `example_labels` (for its closing hint), `chance_loss`, `tokenize`, `text_batch`,
-    `forward`, `encode` and `loss`; everybody else `encode_image`, `encode_text`, `similarity` and `from_pretrained`.
+    For use: `encode_image`, `encode_text`, `similarity`, `tokenize`, `from_pretrained`; for a training step:
+    `text_batch` and `forward`, or its halves `encode` and `loss`. train.py also reads `Config`, `logit_scale`,
+    `chance_loss` and, for its closing hint, `example_labels`.
     """
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"
@@ -341,11 +347,12 @@ class CLIP(nn.Module):
         checked where PUBLISHED has a SHA-256), or the path of a file, or a state dict; in the names of OpenAI,
         open_clip or Hugging Face. A TorchScript archive may bring code that runs when it is opened: OpenAI's are such
         archives; take none from strangers.
-        config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's. A
-        Config with another image_size than the file's is fine: the table of positions is resized, with a warning.
+        config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's.
+        With another image_size than the file's, the table of positions is resized, with a warning.
         """
         source, config = find_source(source, config, cls, cache)
         state = read_state(torchscript_state(source))
+        # OpenAI's archives alone have input_resolution, and all of them need quick_gelu.
         if cls is CLIP and "input_resolution" not in state and not isinstance(config, Config):
             warnings.warn("the weights do not say which activation they were trained with; taken: quick_gelu, as "
                           "OpenAI's. LAION's need gelu: pass a Config, such as "
@@ -365,6 +372,7 @@ class CLIP(nn.Module):
 
 # --- reading published weights --------------------------------------------------------------------------------------
 
+# No parameters, but in OpenAI's archives, or as Hugging Face's buffers, beside them.
 DROPPED = r"(^|\.)(position_ids|input_resolution|context_length|vocab_size)$"
 NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
     # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
@@ -398,7 +406,7 @@ def rename(state, names=NAMES):
 
 
 def arrange(state):
-    """The layout of this file: queries, keys and values in one matrix; what is stored transposed, turned."""
+    """The layout of this file: queries, keys and values in one matrix; transposed matrices turned back."""
     arranged = {}
     for name, value in state.items():
         if name.endswith(".T"):  # Hugging Face's projections
@@ -412,7 +420,7 @@ def arrange(state):
         elif ".q_proj." in name:
             parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
             name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks is a wrong shape later
+            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks: a wrong shape
         arranged[name] = value
     return arranged
 
@@ -539,15 +547,15 @@ def find_config(config, cls):
 
 @torch.no_grad()
 def head_start(encoder, grid):
-    """Begin with what a ViT learns first, for towers that have minutes instead of days. All of it goes on learning.
+    """Give an image tower what a ViT learns first, where it has minutes instead of days. All of it goes on learning.
 
-    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three in four
-    without their mean, and six times as strong, so that contrast is heard beside brightness. Without it the tiny size
-    learns colours in its eight epochs, but hardly any shape.
+    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three
+    quarters lose their mean and become six times as strong, so that contrast is heard beside brightness. Without it the
+    tiny size learns colours in its eight epochs, but hardly any shape.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
     quarter = table.shape[1] // 4
-    angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4), place / wavelength
+    angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4): place x frequency
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
     contrast = filters[:3 * quarter]
@@ -564,11 +572,12 @@ PUBLISHED = {  # name: its files (address, SHA-256)
         ("vit-l-14", "ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
         ("vit-l-14-336", "ViT-L-14-336px", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"))}
 
-# What train.py uses unless told otherwise. `files`: what to start from; `scratch`: what differs with --scratch, which
-# starts from nothing (for the published sizes the paper's values).
+# What train.py uses unless told otherwise. `files`: what to start from; `tokenizer`: what its vocabulary is for;
+# `image_lr`: the image tower's rate, in multiples of lr; `scratch`: what differs with --scratch, which starts from
+# nothing. There epochs, rate and decay are the paper's, whose batch was 32,768.
 RECIPES = {
     **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="clip",
-                  files=files, scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
+                  files=files, scratch=dict(epochs=32, lr=4e-4 if "vit-l" in name else 5e-4, weight_decay=0.2))
        for name, files in PUBLISHED.items()},
     "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=1.0, weight_decay=0.05, warmup=0.1),
 }
@@ -599,10 +608,10 @@ class ZeroShotPipeline:
 # The same loss on two towers that were trained alone before: RoBERTa-large, which knows Korean (KLUE's), and an image
 # tower (base: CLIP's own ViT-B/32; large: Google's ViT-L/16). github.com/jaketae/koclip, 2021; no paper, no figures.
 #
-# Quirks that its weights need: RoBERTa's positions count from 0 here, where RoBERTa itself begins at 2; both poolers
-# end in tanh; pictures have CLIP's mean and spread for the ViT too; exp(logit_scale) starts at e, not at 1/0.07.
-# Not followed, of its training: negatives from one device's part of the batch, weight decay on everything, a scale
-# without bounds.
+# Quirks that its weights need: RoBERTa's positions count from 0 here, where RoBERTa itself begins at 2; its pooler, and
+# the ViT's in the large one, end in tanh; pictures have CLIP's mean and spread for the ViT too.
+# Followed, of its training: exp(logit_scale) starts at e, not at 1/0.07. Not followed: negatives from one device's part
+# of the batch, weight decay on everything, a scale without bounds.
 
 @dataclass
 class KoConfig:

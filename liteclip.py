@@ -4,27 +4,28 @@ liteCLIP is shreydan's (github.com/shreydan/liteCLIP), after CLIP (Radford et al
 Image tower: ConvNeXt-T (Liu et al., arXiv 2201.03545). Text tower: BERT-mini (Turc et al., arXiv 1908.08962).
 
 The idea: CLIP does not need its own architecture or 400 million pairs. Take a ConvNet that knows ImageNet and a BERT
-that knows English, put a small head on each, and let 8,000 captioned photographs line the two up.
+that knows English, put a small head on each, and let 6,000 captioned photographs line the two up.
 
     image    u = head_i( ConvNeXt(image) )        mean over the last feature map, then LayerNorm      (B, E)
     text     v = head_t( BERT(tokens) )           mean over the tokens that are no padding            (B, E)
-    head     p = W x + b;   head(x) = p + LayerNorm(dropout(GELU(p)))        a residual around the norm, not inside
-    logits   S = exp(logit_scale) * u_i . v_j     with u and v of length 1                            (B, B)
-    loss     L = 1/2 [ CE(rows of S, diagonal) + CE(columns of S, diagonal) ]                         CLIP, Fig. 3
+    head     p = W x + b;   head(x) = p + LayerNorm(dropout(GELU(p)))        norm in the branch, not after the sum
+    logits   s_ij = exp(logit_scale) * u_i . v_j  with u and v of length 1                            (B, B)
+    loss     1/2 [ CE(rows of s, diagonal) + CE(columns of s, diagonal) ]                             CLIP, Fig. 3
 
-Shapes: B batch, C channels, h x w feature map, L text tokens, D width, H attention heads, E embedding.
+Shapes: B batch, S image side, C channels, h x w feature map, L text tokens (N in Attention), D width, H attention
+heads, E embedding, W processes.
 
 What differs from CLIP: both towers (a ConvNet instead of a ViT; BERT reads in both directions and its output is
 averaged, where CLIP's text tower is causal and takes the end token) and the two heads. The loss is the same.
 
-What the model computes is what the published one computes. Its training is not the published notebook's:
-  - negatives come from the whole batch of all processes, not from one GPU's part of it;
-  - data.py splits by image; the notebook splits by caption, so its validation images were trained on. An image gives
-    one caption an epoch, with a random crop and flip; there, five rows and no augmentation;
-  - AdamW with warm-up, cosine and gradient clipping for Adam at a constant 2e-4, and logit_scale at most ln 100;
+What the model computes is what the published one computes (tests/golden holds the values). What differs:
+  - BERT's pooler, which nothing ever used, is left out: 39,188,577 parameters of the published 39,254,369;
+  - negatives come from the whole batch of all processes (there: from one GPU's part of it);
+  - data.py splits by image (the notebook splits by caption, so its validation images were trained on), and an image
+    gives one caption an epoch, with a random crop and flip (there: five rows, no augmentation);
+  - AdamW with warm-up, cosine and gradient clipping, logit_scale at most ln 100 (there: Adam at a constant 2e-4);
   - the ImageNet weights are torchvision's, not Facebook's;
-  - fresh towers (`small`, `tiny`, --scratch) start as in `init_weights`; the published model never starts fresh;
-  - BERT's pooler, which nothing ever used, is left out: 39,188,577 parameters of the published 39,254,369.
+  - fresh towers (`small`, `tiny`, --scratch) start as in `init_weights`; the published model never starts fresh.
 
     python train.py                                        # the tiny one on generated pictures: 3 minutes
     python train.py --model liteclip --data flickr8k       # the real one, from ImageNet and BERT-mini weights
@@ -50,7 +51,7 @@ class Config:
     layer_scale: float = 1e-6            # near 0, blocks start as the identity; small fresh towers learn faster with 1
     vocab_size: int = 30522
     context_length: int = 128            # longer texts are cut here; BERT's table has more positions than that
-    positions: int = 512
+    positions: int = 512                 # rows of BERT's table
     text_width: int = 256
     text_layers: int = 4
     text_heads: int = 4
@@ -93,7 +94,7 @@ class MLP(nn.Module):
 # --- the image tower: ConvNeXt --------------------------------------------------------------------------------------
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, h, w). On channels_last tensors the two permutes move no data."""
+    """LayerNorm over the channels of (B, C, h, w). On channels_last tensors, nothing is copied."""
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -121,7 +122,7 @@ class ImageEncoder(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=4), ChannelNorm(dims[0], eps=1e-6))
         self.stages = nn.ModuleList()
         for i, depth in enumerate(config.depths):
-            stage = nn.Module()
+            stage = nn.Module()  # a place for two names, the published ones
             stage.downsample = nn.Identity() if i == 0 else nn.Sequential(
                 ChannelNorm(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dims[i], kernel_size=2, stride=2))
             stage.blocks = nn.Sequential(*[ConvBlock(dims[i], config.layer_scale) for _ in range(depth)])
@@ -129,7 +130,7 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
 
     def forward(self, x):
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, h, w), a quarter of the pixels a side
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, S/4, S/4)
         for stage in self.stages:
             x = stage.blocks(stage.downsample(x))
         return self.norm(x.mean(dim=(2, 3)))  # (B, C)
@@ -198,8 +199,9 @@ class Gather(torch.autograd.Function):
 
     Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up the terms of the sum, and DDP, which averages gradients
-    over the processes, supplies 1/W.
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up, over q, what comes through the gathered copies; what
+    comes through the rows of l_r itself, autograd adds; and DDP, which averages gradients over the processes, supplies
+    1/W.
     """
     @staticmethod
     def forward(ctx, x):
@@ -224,7 +226,7 @@ def upcast(x):
 
 
 def full_precision(x):
-    """Switches autocast off: encoders may run in bf16, the lengths, similarities and the loss do not."""
+    """Switches autocast off on x's device: towers may run in bf16; normalising, similarities and the loss do not."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -233,9 +235,10 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features: (B, E) of length 1, row i of one belongs to row i of the other;
     scale: exp(logit_scale).
-    Local rows against the columns of all W processes. Never negative. Features that are all alike give just ln(W B);
-    an untrained model lies a little above.
-    In fp32: at a scale of 100, logits in bf16 are wrong by 0.1 to 0.5, and this product costs next to nothing.
+    Local rows against the columns of all W processes. Features that are all alike give just ln(W B); an untrained
+    model lies a little above.
+    In fp32: in bf16 and at a scale of 100, logits of right pairs are wrong by up to 0.4, and this product costs next to
+    nothing.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
@@ -246,7 +249,10 @@ def contrastive_loss(image_features, text_features, scale):
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
 
+# --- the model ------------------------------------------------------------------------------------------------------
+
 class LiteCLIP(nn.Module):
+    """Two encoders, a head on each, and one learned number, logit_scale. For its methods see CLIP in clip.py."""
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"
 
@@ -255,14 +261,14 @@ class LiteCLIP(nn.Module):
         self.config = config
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
-        self.apply(init_weights)
+        self.apply(init_weights)  # before the heads are made, which keep torch's own start
         with torch.no_grad():  # with positions as large as words, learning starts far later
             self.text_encoder.positional_embedding.weight *= 0.1
             self.text_encoder.token_type_embedding.weight *= 0.1
         self.img_projection = Head(config.dims[-1], config)
         self.txt_projection = Head(config.text_width, config)
         # A cosine lies in [-1, 1]; softmax over a batch needs a larger range to be sure of anything, and how large is
-        # learned. As an exponent, so that it stays positive and moves by factors.
+        # learned. As an exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The mean and spread of CLIP's own training pictures, which liteCLIP uses too, not ImageNet's.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
@@ -361,10 +367,10 @@ class LiteCLIP(nn.Module):
 
 
 def init_weights(module):
-    """Fresh towers: N(0, 1/inputs) for weights, zero for biases. The heads keep torch's own.
+    """Fresh towers: normal weights of std inputs^-1/2, embeddings of std width^-1/2, zero biases.
 
-    Not BERT's and ConvNeXt's N(0, 0.02), which suits wide towers and long training. Depthwise filters start with a mean
-    of zero: they see contrast and not brightness, and a small tower learns shapes sooner.
+    Not BERT's and ConvNeXt's std of 0.02, which suits wide towers and long training. Depthwise filters start with a
+    mean of zero: they see contrast and not brightness, and a small tower learns shapes sooner.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -418,7 +424,7 @@ def rename(state, names=NAMES):
 
 
 def arrange(state):
-    """The layout of this file: queries, keys and values in one matrix; what is stored transposed, turned."""
+    """The layout of this file: queries, keys and values in one matrix; transposed matrices turned back."""
     arranged = {}
     for name, value in state.items():
         if name.endswith(".T"):  # Hugging Face's projections
@@ -432,7 +438,7 @@ def arrange(state):
         elif ".q_proj." in name:
             parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
             name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks is a wrong shape later
+            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks: a wrong shape
         arranged[name] = value
     return arranged
 

@@ -83,7 +83,7 @@ class Config:
     text_eps: float = 1e-6           # of the text tower's norms; the image tower's have 1e-5
     embed_dim: int = 768
     activation: str = "gelu"
-    head_start: bool = False         # for fresh small towers: see the function of that name
+    head_start: bool = False         # for a fresh small image tower: see the function of that name
     logit_bias: float = -10.0        # at birth
     log_var: float = -10.0           # at birth, in each dimension
     image_in_text: float = 1e-7      # the weights of the loss: alpha_1,
@@ -251,8 +251,9 @@ class Gather(torch.autograd.Function):
 
     Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up the terms of the sum, and DDP, which averages gradients
-    over the processes, supplies 1/W.
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up, over q, what comes through the gathered copies; what
+    comes through the rows of l_r itself, autograd adds; and DDP, which averages gradients over the processes, supplies
+    1/W.
     """
     @staticmethod
     def forward(ctx, x):
@@ -277,7 +278,7 @@ def upcast(x):
 
 
 def full_precision(x):
-    """Switches autocast off: encoders may run in bf16, the lengths, similarities and the loss do not."""
+    """Switches autocast off on x's device: towers may run in bf16; normalising, similarities and the loss do not."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -607,7 +608,7 @@ def rename(state, names=NAMES):
 
 
 def arrange(state):
-    """The layout of this file: queries, keys and values in one matrix; what is stored transposed, turned."""
+    """The layout of this file: queries, keys and values in one matrix; transposed matrices turned back."""
     arranged = {}
     for name, value in state.items():
         if name.endswith(".T"):  # Hugging Face's projections
@@ -621,7 +622,7 @@ def arrange(state):
         elif ".q_proj." in name:
             parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
             name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks is a wrong shape later
+            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks: a wrong shape
         arranged[name] = value
     return arranged
 
@@ -780,15 +781,15 @@ def find_config(config, cls):
 
 @torch.no_grad()
 def head_start(encoder, grid):
-    """Begin with what a ViT learns first, for towers that have minutes instead of days. All of it goes on learning.
+    """Give an image tower what a ViT learns first, where it has minutes instead of days. All of it goes on learning.
 
-    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three in four
-    without their mean, and six times as strong, so that contrast is heard beside brightness. Without it the tiny size
-    learns colours in its eight epochs, but hardly any shape.
+    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three
+    quarters lose their mean and become six times as strong, so that contrast is heard beside brightness. Without it the
+    tiny size learns colours in its eight epochs, but hardly any shape.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
     quarter = table.shape[1] // 4
-    angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4), place / wavelength
+    angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4): place x frequency
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
     contrast = filters[:3 * quarter]
