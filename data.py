@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -52,6 +53,10 @@ from tqdm import tqdm
 
 class UserError(ValueError):
     """What the user gave does not work; the message says in one line what was found, what was expected, what to do."""
+
+
+class EmptySplit(UserError):
+    """A data set has no picture in the split that was asked for."""
 
 
 # === shapes: pictures and captions made from (seed, index) ===========================================================
@@ -466,7 +471,7 @@ def build_cache(name, sources, size, fit, read, pixels, listing):
             return error
 
     kept, bad = [], []
-    part = pixels.with_name(f"{pixels.name}.{os.getpid()}.part")
+    part = part_of(pixels)
     try:  # threads, not processes: Pillow decodes and resizes without holding Python's lock
         with open(part, "wb") as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, \
                 tqdm(total=len(sources), desc=f"{name}, once", unit=" pictures", **bar_options()) as bar:
@@ -494,9 +499,14 @@ def build_cache(name, sources, size, fit, read, pixels, listing):
         part.unlink(missing_ok=True)
 
 
+def part_of(path):
+    """A name for what is not whole yet, which no other process takes, on no machine that shares the folder."""
+    return Path(f"{path}.{platform.node()}-{os.getpid()}.part")
+
+
 def write_atomically(path, content):
     """Write a file whole or not at all: into a temporary file beside it, onto the disk, then rename."""
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -527,7 +537,7 @@ def download(url, path, md5=None, sha256=None):
     path = Path(path)
     if path.exists():
         return path
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = part_of(path)
     digests = {name: (hashlib.new(name), wanted) for name, wanted in (("md5", md5), ("sha256", sha256)) if wanted}
     say(f"downloading {url}")
     try:
@@ -624,7 +634,7 @@ def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0, s
         records = own_pictures(name)
     records = [r for r in records if r.split == split]
     if not records:
-        raise UserError(f"{name}: no picture belongs to the split {split!r}; expected at least two")
+        raise EmptySplit(f"{name}: no picture belongs to the split {split!r}")
     label = re.sub(r"\W+", "-", Path(name).stem) + f"-{split}"
     where = hashlib.sha256(os.path.abspath(root or name).encode()).hexdigest()[:6]  # two folders, two caches
     images, kept = cache_pictures(f"{label}-{where}", [r.source for r in records], size, fit, cache)

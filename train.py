@@ -24,6 +24,7 @@ import io
 import itertools
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -70,6 +71,31 @@ def world():
 
 # === device and precision ============================================================================================
 
+def from_all(value):
+    """A value of plain types from each process, as a list."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first_on_each_machine(function):
+    """Call it in one process a machine, then in the others: the first one builds the caches and downloads."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result = function() if first else None
+    if world() > 1:
+        dist.barrier()
+    return result if first else function()
+
+
+def mean_over_processes(value):
+    value = value.detach().clone()
+    if world() > 1:
+        dist.all_reduce(value)
+    return value.item() / world()
+
+
 def pick_device():
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -105,10 +131,7 @@ def spread(n, encode, batch=256):
     """
     parts = {first: each(encode(range(first, min(first + batch, n))), torch.Tensor.cpu)
              for first in range(rank() * batch, n, world() * batch)}
-    if world() > 1:
-        gathered = [None] * world()
-        dist.all_gather_object(gathered, parts)
-        parts = {first: part for parts in gathered for first, part in parts.items()}
+    parts = {first: part for some in from_all(parts) for first, part in some.items()}
     return join([parts[first] for first in sorted(parts)])
 
 
@@ -127,8 +150,8 @@ def flat(features):
     return features if isinstance(features, tuple) else (features,)
 
 
-def take(features, rows, device):
-    """Some rows of features, on the device."""
+def take(features, device, rows=slice(None)):
+    """Some rows of features, or all, on the device."""
     return each(features, lambda tensor: tensor[rows].to(device))
 
 
@@ -163,15 +186,16 @@ def retrieval(model, image_features, text_features, owner, chunk=256):
     images, texts = len(owner.unique()), len(owner)
     own = owner.to(device)
     image_ranks, text_ranks = [], []
+    all_images, all_texts = take(image_features, device), take(text_features, device)
     for first in range(0, images, chunk):
         rows = torch.arange(first, min(first + chunk, images))
-        table = model.similarity(take(image_features, rows, device), take(text_features, slice(None), device))  # (i, T)
+        table = model.similarity(take(image_features, device, rows), all_texts)  # (i, T)
         mine = own[None] == rows.to(device)[:, None]
         best = table.masked_fill(~mine, -math.inf).amax(dim=1, keepdim=True)
-        image_ranks.append((~(table < best) & ~mine).sum(dim=1))
+        image_ranks.append((~(table < best) & ~mine).sum(dim=1))  # not table >= best: so that NaN counts
     for first in range(0, texts, chunk):
         rows = torch.arange(first, min(first + chunk, texts))
-        table = model.similarity(take(image_features, slice(None), device), take(text_features, rows, device))  # (I, t)
+        table = model.similarity(all_images, take(text_features, device, rows))  # (I, t)
         right = table.gather(0, own[rows][None])
         text_ranks.append((~(table < right)).sum(dim=0) - 1)
     result = {}
@@ -190,10 +214,10 @@ def zero_shot(model, tokenizer, task, precision):
     prompts = [prompt for prompts in task.prompts for prompt in prompts]
     with autocast(device, precision):
         image_features = spread(len(task.images), lambda rows: model.encode_image(pixels(task.images, rows).to(device)))
-        text_features = take(model.encode_text(model.tokenize(prompts, tokenizer).to(device)), slice(None), "cpu")
-    found, text_features = [], take(text_features, slice(None), device)
+        text_features = model.encode_text(model.tokenize(prompts, tokenizer).to(device))
+    found = []
     for first in range(0, len(task.images), 256):
-        table = similarity(take(image_features, slice(first, first + 256), device), text_features)
+        table = similarity(take(image_features, device, slice(first, first + 256)), text_features)
         table = table.view(len(table), len(task.prompts), -1)  # (images, classes, prompts)
         found.append(table.mean(dim=2).argmax(dim=1).cpu())
     right = torch.cat(found).numpy() == task.labels
@@ -235,7 +259,7 @@ def draw_retrieval(path, model, split, pictures, features, rows=6):
     for i in torch.linspace(0, len(split) - 1, min(rows, len(split))).long().tolist():  # the longest caption of each
         chosen.append(max((t for t in range(len(owner)) if owner[t] == i), key=lambda t: len(captions[t])))
     with torch.no_grad():
-        table = model.similarity(take(image_features, slice(None), device), take(text_features, chosen, device)).T.cpu()
+        table = model.similarity(take(image_features, device), take(text_features, device, chosen)).T.cpu()
     side, gap, text_height = 128, 12, 44
     texts = [captions[t] for t in chosen]
     font, small = load_font(15, "".join(texts)), ImageFont.load_default(11)
@@ -416,7 +440,7 @@ def backward_in_parts(model, batch, size, device, precision, scaler, seed):
         encoded = [encode(number) for number in range(len(parts))]
     # The features of the whole batch, as leaves of a graph of their own, in which there is nothing but the loss.
     whole = {name: each(join([part[name] for part in encoded]), lambda x: x.requires_grad_(x.is_floating_point()))
-             for name in encoded[0]}
+             for name in encoded[0]}  # counts and masks have no gradient
     with autocast(device, precision):
         losses = model.loss(**whole)
     scaler.scale(losses["loss"]).backward()
@@ -476,7 +500,8 @@ class Interrupt:
         self.signal = number
 
     def asked(self, device):
-        """Whether any process was asked, so that all of them stop after the same step."""
+        """Whether any process was asked, so that all of them stop after the same step. On several GPUs this waits for
+        the step to be done."""
         if world() == 1:
             return bool(self.signal)
         flag = torch.tensor(float(bool(self.signal)), device=device)
@@ -508,7 +533,8 @@ class Watch:
     def say(self, kind, text):
         if kind not in self.said:
             self.said.add(kind)
-            tqdm.write(f"note: {text}") if rank() == 0 else None
+            if rank() == 0:
+                tqdm.write(f"note: {text}")
 
 
 @contextlib.contextmanager
@@ -537,7 +563,8 @@ class Log:
         kept = []
         if step and path.exists():  # resumed: what was logged after the checkpoint will be logged again
             with open(path, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if row["step"].isdecimal() and int(row["step"]) <= step]
+                kept = [row for row in csv.DictReader(file)
+                        if (row.get("step") or "").isdecimal() and int(row["step"]) <= step]
         content = io.StringIO()
         writer = csv.DictWriter(content, self.columns, extrasaction="ignore")
         writer.writeheader()
@@ -551,24 +578,6 @@ class Log:
                 csv.DictWriter(file, self.columns).writerow(row)
         except OSError as error:  # a lost row is no reason to lose the run
             say(f"cannot write {self.path}: {error.strerror}")
-
-
-def from_all(value):
-    """A value of plain types from each process, as a list."""
-    values = [value]
-    if world() > 1:
-        values = [None] * world()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def first_on_each_machine(function):
-    """Call it in one process a machine, then in the others: the first one builds the caches and downloads."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        result = function()
-    if world() > 1:
-        dist.barrier()
-    return result if int(os.environ.get("LOCAL_RANK", 0)) == 0 else function()
 
 
 def make_model(args, Model, config, recipe, texts):
@@ -593,8 +602,9 @@ def make_model(args, Model, config, recipe, texts):
 
 
 def check_texts(model, tokenizer, split):
-    """Say how long the captions are in tokens, and how many are cut."""
+    """Say how long the captions are in tokens, and how many are cut; of many captions, by 10,000 of them."""
     texts = [caption for sample in split.samples for caption in sample.captions]
+    number, texts = len(texts), random.Random(0).sample(texts, min(len(texts), 10_000))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tokens = model.tokenize(texts, tokenizer)
@@ -603,9 +613,9 @@ def check_texts(model, tokenizer, split):
     pictures = collections.Counter(text for sample in split.samples for text in set(sample.captions))
     shared = sum(number for number in pictures.values() if number > 1) / sum(pictures.values())
     where = "captions of the first shard" if isinstance(split, data.Shards) else "captions"
-    say(f"{where}: {len(texts):,} of {length:.1f} tokens on average, with start and end; vocabulary {len(tokenizer):,}"
-        + (f"; {shared:.0%} of them belong to several pictures, and are taken for wrong where they meet another's in a "
-           "batch" if shared > 0.1 else "") + "".join(f"; {w.message}" for w in caught))
+    say(f"{where}: {number:,} of {length:.1f} tokens on average; vocabulary {len(tokenizer):,}"
+        + (f"; {shared:.0%} of them are said of several pictures, and count as wrong for each other's in a batch"
+           if shared > 0.1 else "") + "".join(f"; {w.message}" for w in caught))
 
 
 def choose(args):
@@ -628,8 +638,9 @@ def choose(args):
     if not 0 <= args.warmup < 1:
         raise UserError(f"--warmup {args.warmup}: a fraction of the run, 0 <= warmup < 1; else --lr is never reached")
     for name in ("epochs", "lr", "image_lr"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above zero")
+        if not 0 < getattr(args, name) < 1e9:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above zero (and below "
+                            "a billion)")
     if not 0 <= args.weight_decay < math.inf:
         raise UserError(f"--weight-decay {args.weight_decay}: expected zero or more")
     for name, least in (("samples", 2), ("workers", 0)):
@@ -716,6 +727,8 @@ def train(args):
     per_epoch = loader.steps_per_epoch
     steps, step, best, minutes = math.ceil(args.epochs * per_epoch), 0, -1.0, 0.0
     if resumed:
+        for saved, fresh in zip(resumed["optimizer"]["param_groups"], optimizer.param_groups):
+            saved["fused"] = fresh.get("fused")  # a matter of this call's device and flags, not of the checkpoint
         optimizer.load_state_dict(resumed["optimizer"])
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.state.clear()  # it keeps the moments twice; its own are in optimizer.optim
@@ -726,7 +739,8 @@ def train(args):
             raise UserError(f"{args.checkpoint} is of a run on {resumed['images']:,} training images; here are "
                             f"{len(training):,}: with other data it would not be the same run")
         if step >= steps and not restarted():
-            raise UserError(f"{args.checkpoint} is the end of its run: {step} steps of {steps}; nothing to resume")
+            raise UserError(f"{args.checkpoint} is the end of its run: {step} steps of {steps}; nothing to resume. Its "
+                            f"figures: python train.py --eval {Path(args.checkpoint).parent / 'best.pt'}")
         say(f"goes on after step {step} of {steps}")
         resumed = None  # a copy of all that is in the model and the optimizer now
     if rank() == 0:
@@ -739,7 +753,7 @@ def train(args):
     say(f"{args.model} {args.config} on {args.data}: {device.type}{processes}, {precision}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(training):,} training images, "
         f"{len(validation):,} validation; batch {args.batch}, {per_epoch} steps an epoch, {steps:,} in all; "
-        f"a model that tells nothing apart has a loss of {model.chance_loss(args.batch):.2f}")
+        f"a model that tells nothing apart has a contrastive loss of {model.chance_loss(args.batch):.2f}")
     say(gallery(validation) + (f"; zero-shot: {len(task.images)} pictures, {len(task.prompts)} classes, chance "
                                f"{100 / len(task.prompts):.1f} %" if task else ""))
 
@@ -757,20 +771,21 @@ def train(args):
                 save(folder / name, **content)
 
     # --- the loop ---
-    waited, since, seen, watch = 0.0, time.time(), 0, Watch(
-        model.chance_loss(args.batch), model.logit_scale.exp().item())
+    waited, since, seen = 0.0, time.time(), 0
+    watch = Watch(model.chance_loss(args.batch), model.logit_scale.exp().item())
     batches = loader.stream(step, steps)
     trace = folder / "trace.json" if args.profile and rank() == 0 else None
     with (Interrupt() as interrupt, profile(trace) as profiler,
           tqdm(total=steps, initial=step, unit=" steps", **data.bar_options()) as bar):
         while step < steps:
-            network.train()
+            network.train()  # evaluation switches it off
             fetched = time.time()
-            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+            batch = next(batches)
             waited += time.time() - fetched
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             lr = learning_rate(step, steps, args.lr, args.warmup)
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = lr * parameters["scale"]
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
             if in_parts:
                 losses = backward_in_parts(model, batch, args.microbatch, device, precision, scaler,
                                            seed=f"{args.seed}/{step}/{rank()}")
@@ -817,17 +832,18 @@ def train(args):
                 if ended:
                     mean = (scores["i2t_r1"] + scores["t2i_r1"]) / 2
                     better, best = mean > best, max(mean, best)
-                    # last.pt after best.pt: a run that is killed between the two evaluates this epoch again
-                    keep(*["best.pt"] * better, "last.pt")
+                    # best.pt first: a run that is killed between the two does this epoch again. The other way round it
+                    # would go on, and take for the best what was never written.
+                    keep(*(["best.pt"] if better else []), "last.pt")
                     since, seen, waited = time.time(), 0, 0.0
                 elif stop:
                     keep("last.pt")
                 if stop and step < steps:
                     if rank() == 0:
                         say(f"stopped after step {step} of {steps}; go on with: python train.py --resume {folder}")
-                    network = losses = None  # as at the end
+                    network = losses = None  # see the end of this function
                     sys.exit(128 + (interrupt.signal or signal.SIGTERM))
-    first = rank() == 0
+    first = rank() == 0  # asked now: without a process group every process is the first
     if world() > 1:  # the test is for one process, after the last checkpoint is on the disk
         dist.barrier()
         network = losses = None  # they hold the process group, whose threads abort a process that exits with them
@@ -836,13 +852,6 @@ def train(args):
         if peak := peak_memory(device):
             say(f"peak memory: {peak / 2 ** 30:.2f} GiB{' of the GPU' if device.type == 'cuda' else ''} a process")
         finish(args, folder, minutes + (time.time() - began) / 60)
-
-
-def mean_over_processes(value):
-    value = value.detach().clone()
-    if world() > 1:
-        dist.all_reduce(value)
-    return value.item() / world()
 
 
 def finish(args, folder, minutes):
@@ -861,11 +870,19 @@ def load_split(args, config, name):
                      samples=args.samples)
 
 
+def load_test_split(args, config):
+    try:
+        return load_split(args, config, "test")
+    except data.EmptySplit as error:
+        say(f"{error}; the figures are those of its validation split, which chose the checkpoint")
+        return load_split(args, config, "val")
+
+
 def test(args, path, device, minutes=None):
     """A checkpoint on the test split -> its table row; the picture goes beside the checkpoint."""
     content = first_on_each_machine(lambda: read_checkpoint(path, args.cache))
     model, tokenizer, _ = load(path, device, content=content)
-    split = first_on_each_machine(lambda: load_split(args, model.config, "test"))
+    split = first_on_each_machine(lambda: load_test_split(args, model.config))
     task = data.load_zero_shot(args.data, model.config.image_size)
     scores, features = evaluate(model, tokenizer, split, task, pick_precision(device, args.precision))
     if rank() == 0:
@@ -873,7 +890,7 @@ def test(args, path, device, minutes=None):
         try:
             shown = split  # on a sheet, the pictures of small models are drawn larger than the models see them
             if model.config.image_size < 128:
-                shown = load_split(args, replace(model.config, image_size=128), "test")
+                shown = load_test_split(args, replace(model.config, image_size=128))
             draw_retrieval(sheet, model, split, shown.images, features)
             if args.eval:
                 say(f"picture: {sheet}")
@@ -886,7 +903,7 @@ def test(args, path, device, minutes=None):
     if task:
         columns["zero-shot seen / unseen / all"] = "{zs_seen:.1f} / {zs_unseen:.1f} / {zs_all:.1f}".format(**scores)
     minutes = content["minutes"] if minutes is None else minutes
-    columns |= {"best at step": f"{content['step']:,}", "minutes": f"{minutes:.1f}"}
+    columns |= {"step": f"{content['step']:,}", "minutes": f"{minutes:.1f}"}
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), columns.values()))
 
 
@@ -909,7 +926,7 @@ def search(args, best=12):
     with torch.no_grad(), autocast(device, precision):
         image_features, paths = folder_features(model, prepare, paths, (checkpoint, folder, precision), args.cache)
         text_features = model.encode_text(model.tokenize([query], tokenizer).to(device))
-    scores = model.similarity(take(image_features, slice(None), device), text_features)[:, 0].tolist()
+    scores = model.similarity(take(image_features, device), text_features)[:, 0].tolist()
     found = sorted(zip(scores, paths), reverse=True)[:best]
     try:
         draw_search(sheet, query, found)
@@ -1021,7 +1038,7 @@ def parse(argv):
     add("--weight-decay", type=float)
     add("--warmup", type=float, help="share of the steps in which the learning rate rises, 0 to 1")
     add("--seed", type=int, default=0)
-    # how it is computed; the flags after the first change nothing of what is computed
+    # how it is computed: but for the first, with the same result, up to rounding and to what dropout draws
     add("--precision", choices=("fp32", "bf16", "fp16"), help="(default: what the device is best at)")
     add("--microbatch", type=int, default=0, metavar="N", help="encode N images a process at a time: less memory, a "
                                                                "second forward pass, and still one batch (0: all)")
@@ -1038,6 +1055,7 @@ def parse(argv):
                                              "split of its data or of --data")
     add("--search", nargs=3, metavar=("CHECKPOINT", "FOLDER", "QUERY"),
         help="find the pictures of a folder that fit a query best; writes search.png (into --out)")
+    parser.set_defaults(checkpoint=None)
     return parser, parser.parse_args(argv)
 
 
@@ -1058,6 +1076,9 @@ def job():
 def settle(argv):
     """The flags; for --resume and --eval those of the checkpoint, but for where files lie and how it is computed."""
     parser, args = parse(argv)
+    for name in ("model", "config", "data", "root", "out", "resume", "eval"):
+        if getattr(args, name) == "":
+            raise UserError(f"--{name} is empty: a variable of the shell that is not set?")
     if args.search:
         for name, value in vars(args).items():
             if name not in ("search", "cache", "out", "precision") and value != parser.get_default(name):
@@ -1072,7 +1093,11 @@ def settle(argv):
         elif last.exists() and read_checkpoint(last).get("job") == job():
             argv = [*(sys.argv[1:] if argv is None else argv), "--resume", args.out]  # the same command, but not anew
             args = parser.parse_args(argv)
-    path = Path(args.resume) / "last.pt" if args.resume and Path(args.resume).is_dir() else args.resume or args.eval
+    path = args.resume or args.eval
+    if path and Path(path).is_dir() and not released(path):
+        path = Path(path) / ("last.pt" if args.resume else "best.pt")
+        if not path.exists():
+            raise UserError(f"no {path.name} in {path.parent}: no epoch of a run was finished there")
     if path:
         if args.resume and released(path):
             raise UserError("--resume {0}/{1}: released weights are no run; to start from them: "
@@ -1080,7 +1105,9 @@ def settle(argv):
         saved = {**vars(parser.parse_args([])), **saved_flags(path)}
         own = "resume", "eval", "profile"  # of this call alone
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in own})
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv)  # again: what was typed goes before what was saved
+        if args.data != saved["data"] and args.root == saved["root"]:
+            args.root = None  # it was the other data set's
         movable = {"resume", "eval", "cache", "root", "checkpoint", "microbatch", "recompute", "compile",
                    "shard_optimizer", "profile"} | ({"data", "precision"} if args.eval else set())
         for name, value in vars(args).items():
@@ -1089,7 +1116,7 @@ def settle(argv):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} {value} does not go with {path}, where it is {saved[name]}; "
                                 f"{what} takes its settings from the checkpoint")
-    args.checkpoint = str(path) if args.resume else None
+    args.checkpoint, args.eval = (str(path), None) if args.resume else (None, args.eval and str(path))
     return args
 
 
@@ -1104,13 +1131,13 @@ def main(argv=None):
                 raise UserError(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node to that")
             if gpu:
                 torch.cuda.set_device(pick_device())
-            # A long timeout: the others wait while one process downloads and decodes. A prefix: after a restart torchrun's
-            # store still holds the addresses of the processes that were lost, and some would try to reach them.
+            # A long timeout: the others wait while one process downloads and decodes. A prefix: after a restart
+            # torchrun's store still holds the addresses of the processes that were lost, and some would try these.
             store, number, processes = next(rendezvous("env://"))
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=number, world_size=processes,
                                     timeout=timedelta(hours=6))
-            if len(set(from_all(bool(getattr(args, "checkpoint", None))))) > 1:
+            if len(set(from_all(bool(args.checkpoint)))) > 1:
                 raise UserError(f"--out {args.out}: some processes see a checkpoint there, others do not; it must be a "
                                 "folder that all machines share")
         if args.search:

@@ -275,7 +275,11 @@ def test_a_shared_optimizer_goes_on_with_other_processes(run, pictures, tmp_path
     stopped_after_an_epoch(arguments(pictures, tmp_path / "out"), monkeypatch)
     result = torchrun(2, ROOT / "train.py", "--resume", tmp_path / "out", "--shard-optimizer", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert_near(run["weights"], torch.load(tmp_path / "out" / "last.pt", weights_only=True)["weights"])
+    content = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert_near(run["weights"], content["weights"])
+    assert [group["fused"] for group in run["optimizer"]["param_groups"]] == [True] * len(
+        run["optimizer"]["param_groups"])
+    assert not any(group["fused"] for group in content["optimizer"]["param_groups"])  # which it cannot be when shared
 
 
 def test_what_cannot_be_compiled_gets_one_line(pictures, tmp_path, monkeypatch):

@@ -473,6 +473,9 @@ def liteclip_at_birth(run):
     (["--root", "nowhere", "--data", "flickr8k"], "--root nowhere: no such folder"),
     (["--resume", "nowhere"], "nowhere: no such checkpoint"),
     (["--eval", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+    (["--epochs", "1e308"], "--epochs 1e+308: expected a number above zero (and below a billion)"),
+    (["--resume", ""], "--resume is empty: a variable of the shell"),
+    (["--data", ""], "--data is empty"),
 ])
 def test_mistakes_get_one_line(pictures, tmp_path, more, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -489,6 +492,34 @@ def test_a_run_is_never_overwritten(run, pictures):
     with pytest.raises(SystemExit, match="--batch 4 does not go with .*last.pt, where it is 8"):
         train.main(["--resume", str(run), "--batch", "4"])
     assert (run / "last.pt").read_bytes() == before
+
+
+def test_a_folder_stands_for_its_checkpoint(run, tmp_path, capsys):
+    train.main(["--eval", str(run)])
+    assert "| liteclip tiny |" in capsys.readouterr().out
+    for flag, name in (("--eval", "best.pt"), ("--resume", "last.pt")):
+        with pytest.raises(SystemExit, match=f"no {name} in .*: no epoch of a run was finished there"):
+            train.main([flag, str(tmp_path)])
+
+
+def test_an_evaluation_on_other_data_forgets_where_the_first_lay(run, pictures, tmp_path):
+    content = torch.load(run / "best.pt", weights_only=True)
+    content["args"] |= {"data": "flickr8k", "root": "somewhere"}
+    torch.save(content, tmp_path / "best.pt")
+    assert train.settle(["--eval", str(tmp_path)]).root == "somewhere"
+    assert train.settle(["--eval", str(tmp_path), "--data", str(pictures)]).root is None
+    assert train.settle(["--eval", str(tmp_path), "--data", "flickr30k", "--root", "there"]).root == "there"
+
+
+def test_without_test_pictures_the_figures_are_the_validations(pictures, tmp_path, capsys):
+    table = (pictures / "captions.csv").read_text().splitlines()
+    kept = [line.replace(",test", ",train") for line in table]
+    kept = [kept[0], *(str(pictures / line) for line in kept[1:])]
+    (tmp_path / "mine.csv").write_text("\n".join(kept))
+    train.main(arguments(tmp_path / "mine.csv", tmp_path / "out", "--epochs", "0.5", "--cache", str(tmp_path / "cache")))
+    printed = capsys.readouterr().out
+    assert "no picture belongs to the split 'test'; the figures are those of its validation split" in printed
+    assert "mine.csv val |" in printed and (tmp_path / "out" / "retrieval.png").exists()
 
 
 def test_two_runs_without_out_never_share_a_folder(tmp_path, monkeypatch):
@@ -537,7 +568,7 @@ def test_a_model_trains_resumes_and_is_used(name, pictures, tmp_path, monkeypatc
     rows = list(csv.DictReader(open(tmp_path / "whole" / "log.csv")))
     terms = [float(rows[-1][term]) for term in getattr(Model, "terms", ())]
     assert not terms or sum(terms) == pytest.approx(float(rows[-1]["loss"]), rel=1e-4)
-    assert f"| {name} tiny | " in printed and "a model that tells nothing apart has a loss of" in printed
+    assert f"| {name} tiny | " in printed and "a model that tells nothing apart has a contrastive loss of" in printed
     command = re.search(rf'use it:   python ({name}.py \S+) PICTURE "(.*)" "(.*)"', printed)
 
     flags[flags.index(str(tmp_path / "whole"))] = str(tmp_path / "halves")
