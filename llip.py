@@ -273,9 +273,9 @@ def plain_cosines(images, texts, out_proj, temperature):
 
 
 def sigmoid_loss(cosines, first, scale, bias):
-    """A yes or no for every pair of I images and T texts: is this its caption? Summed over all pairs.
+    """A yes or no for every pair of I images and T texts: is this its caption? Summed; the caller divides by B.
 
-    cosines: (I, T); the caption of image i is text first + i.
+    cosines: (I, T); the caption of image i is text first + i. first: 0, where one process has all texts to itself.
     """
     own = torch.arange(first, first + len(cosines), device=cosines.device)
     y = torch.full_like(cosines, -1.0).scatter_(1, own[:, None], 1.0)
@@ -285,7 +285,7 @@ def sigmoid_loss(cosines, first, scale, bias):
 # --- the same, without building the mixtures ------------------------------------------------------------------------
 
 def mixture_cosines(keys, values, query, target, out_proj, temperature):
-    """The cosine of each image's mixture for each text with that text: (I, T).
+    """The cosine of each image's mixture for each text with that text: (I, T). Loose tensors, as MixtureLoss has them.
 
     keys, values: (I, M, K, d); query: (T, M, d); target: (T, E) of length 1; out_proj Wo: (E, E).
     Write a_mn for the weight of token n in head m, Wo_m for the d rows of Wo that belong to head m. Then, for a pair,

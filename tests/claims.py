@@ -321,7 +321,7 @@ def llip_claims(seeds, out):
 
 
 def draw_llip(path, model, tokenizer, key="0/test/20", side=224, gap=16, cell=26):
-    """One image, three captions, and what each takes from the image: a row for each mixing head, a column a token."""
+    """One image, four captions, and what each takes from the image: a row for each mixing head, a column a token."""
     scene, words = data.make_scene(key, count=2), data.ENGLISH
     captions = [data.grammar(text) for text in (
         *(words["object"][2].format(a=data.describe(thing, words, ("colour", "shape"))) for thing in scene.things),

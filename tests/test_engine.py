@@ -80,9 +80,13 @@ SPLITS = {1: [0, 3, 8], 2: [0, 3], 4: [0, 1]}  # processes: microbatches (0: non
 
 def torchrun(processes, *command, cwd, **variables):
     """--standalone lets the system choose a free port, so that no other run on this machine is in the way."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-                           "--nproc_per_node", str(processes), *map(str, command)], capture_output=True, text=True,
-                          cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+    return subprocess.run(command_of(processes, command), capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+
+
+def command_of(processes, command):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+            "--nproc_per_node", str(processes), *map(str, command)]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +94,13 @@ def splits(tmp_path_factory):
     """-> a folder with what three steps did to every model, for every split of the batch."""
     folder = tmp_path_factory.mktemp("splits")
     (folder / "steps.py").write_text(STEPS)
-    for processes, sizes in SPLITS.items():
-        result = torchrun(processes, "steps.py", ROOT, json.dumps(sizes), cwd=folder)
-        assert result.returncode == 0, result.stderr[-3000:]
+    running = []
+    for processes, sizes in SPLITS.items():  # all at once: most of their time they spend on starting
+        with open(folder / f"{processes}.txt", "w") as said:
+            running.append(subprocess.Popen(command_of(processes, ["steps.py", ROOT, json.dumps(sizes)]), cwd=folder,
+                                            stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    assert [process.wait() for process in running] == [0, 0, 0], \
+        "".join((folder / f"{processes}.txt").read_text()[-2000:] for processes in SPLITS)
     return folder
 
 
