@@ -8,8 +8,8 @@ but tar shards, which are streamed:
     load("pictures.csv", "train", size=224)               one's own: a folder, a .csv or a .json
 
 A picture is split off whole, never a caption of it, and is in a batch at most once. Each is decoded once, into a cache
-(of shards those alone that are kept apart). Whatever is random (caption, crop, order) is a function of (seed, epoch or
-step), never of what ran before.
+(of shards, the validation and test pictures alone). Whatever is random (caption, crop, order) is a function of (seed,
+epoch or step), never of what ran before (with shards, also of how many readers there are).
 """
 import collections
 import concurrent.futures
@@ -33,7 +33,6 @@ import re
 import shutil
 import signal
 import string
-import struct
 import sys
 import tarfile
 import time
@@ -60,8 +59,9 @@ class EmptySplit(UserError):
 
 
 # === shapes: pictures and captions made from (seed, index) ===========================================================
-# One to three objects on a plain or textured background. Only +, -, *, / and sqrt touch the pixels, each one a numpy
-# call of its own, and only Python's own generator draws, so that a picture is the same to the bit on every platform.
+# One to three objects on a plain or textured background. Only +, -, *, /, sqrt and what is exact touch the pixels, each
+# one a numpy call of its own, and only Python's own generator draws, so that a picture is the same to the bit on every
+# platform.
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
 COLOURS = {"red": (214, 48, 49), "orange": (240, 138, 36), "yellow": (247, 208, 58), "green": (64, 160, 74),
@@ -96,6 +96,10 @@ def make_scene(key, unseen=False, count=None, **fixed):
 
     unseen: whether the pairs that are kept from training may appear. count: how many things, else one to three.
     """
+    if count not in (None, 1, 2, 3):
+        raise UserError(f"make_scene: count={count}; expected 1, 2 or 3")
+    if not unseen and (fixed.get("shape"), fixed.get("colour")) in UNSEEN:
+        raise UserError("make_scene: a {colour} {shape} is kept from training; unseen=True draws it".format(**fixed))
     rng = random.Random(key)
     count = count or rng.choice((1, 1, 2, 3))
     while True:
@@ -398,8 +402,7 @@ def read_picture(source, size, fit="crop"):
         return np.asarray(vision.center_crop(image, [size, size]))
     except FileNotFoundError:
         raise PictureError("no such file") from None
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
-            Image.DecompressionBombError) as error:
+    except Exception as error:  # broken files fail in ways of their own: none may end a run
         raise PictureError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
@@ -416,7 +419,7 @@ def read_source(source, size, fit):
     if isinstance(source, tuple):
         try:
             source = open_zip(source[0]).read(source[1])
-        except (OSError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:  # Runtime: encrypted
             raise PictureError(f"damaged in the zip: {error}") from None
     return read_picture(source, size, fit)
 
@@ -430,25 +433,28 @@ def cache_pictures(name, sources, size, fit, folder, read=read_source):
     """
     paths = [source[0] if isinstance(source, tuple) else source for source in sources]
     stats = {path: Path(path).stat() for path in set(paths) if os.path.exists(path)}
-    seen = [(str(source), *((stats[path].st_mtime_ns, stats[path].st_size) if path in stats else ()))
+    seen = [(os.path.abspath(path) if path in stats else str(path), *(source[1:] if isinstance(source, tuple) else ()),
+             *((stats[path].st_mtime_ns, stats[path].st_size) if path in stats else ()))
             for source, path in zip(sources, paths)]
     key = hashlib.sha256(json.dumps([1, size, fit, seen]).encode()).hexdigest()[:16]
     folder = Path(folder)
     name = f"{name}-{size}-{fit}"
     pixels, listing = folder / f"{name}-{key}.u8", folder / f"{name}-{key}.json"
     try:
-        kept, bad = json.loads(listing.read_text()).values()
+        found = json.loads(listing.read_text())
+        kept, bad = found["kept"], found["bad"]
         whole = pixels.stat().st_size == len(kept) * size * size * 3
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         whole = False
     if not whole:
         kept, bad = build_cache(name, sources, size, fit, read, pixels, listing)
     if bad:
         say(f"{name}: {len(bad)} of {len(sources)} pictures cannot be read and are left out "
-            f"(all of them in {listing}): " + "; ".join(f"{source}: {why}" for source, why in bad[:3])
-            + ("; ..." if len(bad) > 3 else ""))
+            f"(all of them in {listing}; delete it to try them again): "
+            + "; ".join(f"{source}: {why}" for source, why in bad[:3]) + ("; ..." if len(bad) > 3 else ""))
     if not kept:
-        raise UserError(f"{name}: none of the {len(sources)} pictures can be read")
+        raise UserError(f"{name}: none of the {len(sources)} pictures can be read"
+                        + "".join(f"; {source}: {why}" for source, why in bad[:1]))
     return np.memmap(pixels, np.uint8, "r", shape=(len(kept), size, size, 3)), kept
 
 
@@ -485,6 +491,8 @@ def build_cache(name, sources, size, fit, read, pixels, listing):
                     bar.update()
             file.flush()
             os.fsync(file.fileno())
+        if not kept:
+            return kept, bad  # nothing worth keeping: the next run tries again
         for old in pixels.parent.glob(f"{name}-*"):  # of other sources under this name, or left by a killed build
             with contextlib.suppress(OSError):  # gone already; or on Windows, where another process has it mapped
                 if old.stem != pixels.stem and (old.suffix != ".part" or time.time() - old.stat().st_mtime > 86_400):
@@ -496,7 +504,8 @@ def build_cache(name, sources, size, fit, read, pixels, listing):
         raise UserError(f"cannot write the picture cache {pixels}: {error.strerror}; "
                         "name another folder with --cache") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def part_of(path):
@@ -514,7 +523,8 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def quiet():
@@ -560,7 +570,8 @@ def download(url, path, md5=None, sha256=None):
         raise UserError(f"cannot download {url}: {error}. "
                         f"Try again, or fetch it by hand and put it at {path}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path
 
 
@@ -692,8 +703,13 @@ def is_picture(name):
     return str(name).lower().endswith(PICTURE_SUFFIXES) and not Path(name).name.startswith(".")
 
 
+def files_below(folder):
+    """All files below a folder, also in folders that are links, as data sets on another disk are; hidden ones not."""
+    return sorted(Path(folder, name) for name in glob.glob("**/*", root_dir=folder, recursive=True))
+
+
 def list_pictures(folder):
-    return sorted(path for path in Path(folder).rglob("*") if is_picture(path))
+    return [path for path in files_below(folder) if is_picture(path)]
 
 
 def flickr8k(root=None):
@@ -708,10 +724,10 @@ def flickr8k(root=None):
     if "Flickr8k.token.txt" in texts:
         for line in texts["Flickr8k.token.txt"].splitlines():
             name, _, caption = line.partition("\t")
-            captions_of[name.split("#")[0]].append(caption)
+            captions_of[name.split("#")[0]] += [caption] if caption.strip() else []
     elif "captions.txt" in texts:  # Kaggle's
-        for row in read_rows(home / "captions.txt", texts["captions.txt"])[1]:
-            captions_of[row["image"]].append(row["caption"])
+        for row in read_rows(home / "captions.txt"):
+            captions_of[row["image"]] += [row["caption"]] if row["caption"] else []
     else:
         raise UserError(f"{home} holds pictures but no captions: "
                         "expected Flickr8k_text.zip, Flickr8k.token.txt or captions.txt")
@@ -723,14 +739,14 @@ def flickr8k(root=None):
         say("flickr8k: the official split lists are neither here nor to be had; this split by image is UNOFFICIAL, "
             "and its figures compare with no published ones")
     records = [Record(sources[name], captions_of[name], split) for split, names in lists.items() for name in names
-               if name in sources and name in captions_of]
+               if name in sources and captions_of.get(name)]
     found = collections.Counter(r.split for r in records)
     per_image = collections.Counter(len(r.captions) for r in records)
     as_published = dict(found) == FLICKR8K_COUNTS and set(per_image) == {5}
     say("flickr8k: " + ", ".join(f"{split} {found[split]:,}" for split in FLICKR8K_COUNTS)
         + " images, captions an image: " + ", ".join(str(n) for n in sorted(per_image))
         + ("" if as_published else " (the published set has 6,000 / 1,000 / 1,000 with 5 captions)"))
-    lost = [name for names in lists.values() for name in names if name not in sources or name not in captions_of]
+    lost = [name for names in lists.values() for name in names if name not in sources or not captions_of.get(name)]
     if lost:
         say(f"flickr8k: {len(lost)} listed images have no picture or no caption here and are left out: "
             + ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else ""))
@@ -759,7 +775,7 @@ def flickr8k_texts(home):
     if archive.exists():
         names = [name for name in open_zip(str(archive)).namelist() if wanted.search(name) and "__MACOSX" not in name]
         return {name.split("/")[-1]: open_zip(str(archive)).read(name).decode() for name in names}
-    return {path.name: path.read_text(encoding="utf-8") for path in home.rglob("*.txt") if wanted.search(path.name)}
+    return {path.name: read_text(path) for path in files_below(home) if wanted.search(path.name)}
 
 
 def flickr8k_lists(home, texts):
@@ -788,7 +804,7 @@ def own_pictures(name):
         return read_folder(path)
     if path.suffix.lower() not in (".csv", ".json"):
         raise UserError(f"--data {name}: expected a folder, a .csv, a .json or shards (.tar)")
-    return read_csv(path) if path.suffix.lower() == ".csv" else read_json(path)
+    return group(read_rows(path), path.parent, path) if path.suffix.lower() == ".csv" else read_json(path)
 
 
 def read_text(path):
@@ -796,20 +812,25 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror[0].lower() + error.strerror[1:]}") from None
 
 
-def read_rows(path, text):
-    """The rows of a table with a header, as dicts."""
-    rows = csv.DictReader(io.StringIO(text, newline=""))
+def read_rows(path):
+    """The rows of a table with columns image and caption, as dicts, without spaces around the fields."""
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         rows.fieldnames = [column.strip() for column in rows.fieldnames or ()]
+        if not {"image", "caption"} <= set(rows.fieldnames):
+            raise UserError(f"{path}: columns found: {', '.join(rows.fieldnames) or 'none'}; "
+                            "expected image,caption (and, if you like, long,split), separated by commas")
         found = []
         for row in rows:
             if None in row:
                 raise UserError(f"{path}, line {rows.line_num}: more fields than the header has; "
                                 "put captions with commas in quotes")
-            found.append(row)
-        return rows.fieldnames, found
+            found.append({column: (field or "").strip() for column, field in row.items()})
+        return found
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}; is a quote not closed?") from None
 
@@ -834,28 +855,22 @@ def read_folder(folder):
     return group(rows, folder, folder)
 
 
-def read_csv(path):
-    columns, rows = read_rows(path, read_text(path))
-    if not {"image", "caption"} <= set(columns):
-        raise UserError(f"{path}: columns found: {', '.join(columns) or 'none'}; "
-                        "expected image,caption (and, if you like, long,split), separated by commas")
-    return group(rows, path.parent, path)
-
-
 def read_json(path):
     """A list of {image, caption(s), long?, split?}, also with KoCLIP's file_path and caption_ko, or a Karpathy file."""
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file")
-    text = read_text(path)
     try:
-        content = json.loads(text)
-    except ValueError as error:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON ({error})") from None
     folder, rows = Path(path).parent, []
-    if isinstance(content, dict) and "images" in content:  # Karpathy's: names alone, the folders are as they are
-        by_name = {picture.name: str(picture.relative_to(folder)) for picture in list_pictures(folder)}
+    if isinstance(content, dict) and "images" in content:  # Karpathy's: names, and of COCO the folders, too
+        pictures = [str(picture.relative_to(folder)) for picture in list_pictures(folder)]
+        places = {os.path.basename(picture): picture for picture in pictures} | {name: name for name in pictures}
+
+        def place_of(entry):
+            whole = os.path.join(entry.get("filepath") or "", entry["filename"])
+            return places.get(whole) or places.get(entry["filename"]) or entry["filename"]
         try:
-            content = [{"image": by_name.get(entry["filename"], entry["filename"]), "split": entry["split"],
+            content = [{"image": place_of(entry), "split": entry["split"],
                         "captions": [sentence["raw"] for sentence in entry["sentences"]]}
                        for entry in content["images"]]
         except (KeyError, TypeError) as error:
@@ -870,7 +885,7 @@ def read_json(path):
         if not (isinstance(texts, list) and all(isinstance(text, str) for text in (image, *texts, *extra.values()))):
             raise UserError(f"{path}: entry {n + 1} is {json.dumps(content[n], ensure_ascii=False)[:80]}; "
                             "expected an object with image and caption (or captions), all of them texts")
-        rows += [{"image": image, "caption": text, **extra} for text in texts]
+        rows += [{"image": image, "caption": text, **extra} for text in texts or [""]]
     if not rows:
         raise UserError(f"{path}: no entries; expected a list of objects with image and caption")
     return group(rows, folder, path)
@@ -898,7 +913,7 @@ def group(rows, folder, origin):
             raise UserError(f"{origin}: {name} is in two splits, {record.split} and {split or 'none'}; "
                             "an image belongs to one")
         record.captions.append(caption)
-        record.long = record.long or row.get("long") or None
+        record.long = record.long or (row.get("long") or "").strip() or None
     if empty:
         say(f"{origin}: {empty} of {len(rows)} captions are empty and are left out")
     if not records:
@@ -936,7 +951,8 @@ class Loader:
             raise UserError(f"--batch {batch} does not divide among {world} processes")
         self.split, self.batch, self.text_batch = split, batch, text_batch
         self.seed, self.rank, self.world = seed, rank, world
-        self.steps_per_epoch, self.broken = len(split) // batch, 0
+        self.steps_per_epoch = len(split) // batch
+        self.broken = 0  # as ShardLoader's; here broken pictures were left out when the cache was made
         self.pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count()))
 
     @functools.lru_cache(2)
@@ -1042,10 +1058,13 @@ def shard_index(path):
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile():
-                    folder, name = os.path.split(member.name)
+                folder, name = os.path.split(member.name)
+                if member.isfile() and not name.startswith("."):  # such as macOS's ._NAME beside every NAME
                     key, _, suffix = name.partition(".")
                     samples.setdefault(os.path.join(folder, key), {})[suffix.lower()] = member.offset_data, member.size
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # at a damaged header tarfile ends as at the end
+                error = f"damaged or cut off at byte {tar.offset:,}"
     except (OSError, tarfile.TarError) as problem:
         error = f"{problem}; expected a .tar that is not compressed"
     return list(samples.items()), error
@@ -1094,7 +1113,9 @@ def load_shards(pattern, split, size, fit, cache, count):
     *paths, held_out = shard_paths(pattern)
     if split != "train":
         entries, error = shard_index(held_out)
-        entries = [(str(held_out), key, parts) for key, parts in entries[split == "test"::2]][:1000]
+        if error:
+            say(f"{held_out}: its first {len(entries)} samples alone can be read: {error}")
+        entries = [(str(held_out), key, parts) for key, parts in entries[1 if split == "test" else 0::2]][:1000]
         if len(entries) < 2:
             raise UserError(f"{held_out}: {error or 'it holds fewer than four samples'}; as the last shard it is kept "
                             "for validation and test")
@@ -1114,7 +1135,7 @@ def load_shards(pattern, split, size, fit, cache, count):
             samples.append(read_captions(paths[0], parts))
     if not samples:
         raise UserError(f"{paths[0]}: {shard_index(paths[0])[1] or 'no sample with a caption'}; expected KEY.jpg with "
-                        "KEY.txt, or KEY.json, for each picture")
+                        "KEY.txt, or KEY.json, for each picture (a KEY ends at the first dot)")
     if count is None:
         bar = tqdm(paths, desc="counting the samples (or say --samples)", unit=" shards", **bar_options())
         count = sum(len(shard_index(path)[0]) for path in bar)
@@ -1158,7 +1179,7 @@ class ShardReader(torch.utils.data.IterableDataset):
         reader = self.rank * self.workers + worker
         (turn, drawn), broken = self.places[worker], []
         while True:
-            batches, images, samples, rngs = 0, [], [], []
+            full, images, samples, rngs = False, [], [], []
             for number, (path, key, parts) in enumerate(self.draw(reader, turn), 1):
                 if number <= drawn:
                     continue
@@ -1175,9 +1196,9 @@ class ShardReader(torch.utils.data.IterableDataset):
                 rngs.append(rng)
                 if len(images) == self.batch:
                     yield np.stack(images), samples, rngs, broken, worker, Place(turn, number)
-                    batches, images, samples, rngs, broken = batches + 1, [], [], [], []
-            if not batches and not drawn:
-                yield None, [], [], broken, worker, Place(turn, 0)  # too little for a batch: the user is told
+                    full, images, samples, rngs, broken = True, [], [], [], []
+            if not full and not drawn:  # a whole pass did not fill one batch: the user is told
+                yield None, [], [], broken, worker, Place(turn, 0)
             turn, drawn = turn + 1, 0
 
 
@@ -1249,6 +1270,9 @@ class ShardLoader:
 # plain types, which go into every checkpoint, so that a model is never parted from its vocabulary. Special tokens
 # around the pieces are the model files' business.
 
+WORDS_KEPT = 250_000  # whose ids a tokenizer remembers: the web has more different words than memory has room for
+
+
 class BPE:
     """Byte-level byte-pair encoding, trained on the captions at hand: any language, no unknown characters.
 
@@ -1315,15 +1339,17 @@ class BPE:
     def encode(self, text):
         ids = []
         for word in self.words(text):
-            if word not in self.cache:
+            symbols = self.cache.get(word)
+            if symbols is None:
                 symbols = [self.first_byte + byte for byte in word.encode(errors="replace")]
                 while len(symbols) > 1:
                     pair = min(zip(symbols, symbols[1:]), key=lambda p: self.ranks.get(p, len(self)))
                     if pair not in self.ranks:
                         break
                     symbols = merge(symbols, pair, self.first_byte + 256 + self.ranks[pair])
-                self.cache[word] = symbols
-            ids += self.cache[word]
+                if len(self.cache) < WORDS_KEPT:
+                    self.cache[word] = symbols
+            ids += symbols
         return ids
 
     def decode(self, ids):
@@ -1396,9 +1422,12 @@ class CLIPBPE:
     def encode(self, text):
         ids = []
         for word in self.word.findall(self.clean(text)):
-            if word not in self.cache:
-                self.cache[word] = self.encode_word(word)
-            ids += self.cache[word]
+            found = self.cache.get(word)
+            if found is None:
+                found = self.encode_word(word)
+                if len(self.cache) < WORDS_KEPT:
+                    self.cache[word] = found
+            ids += found
         return ids
 
     def encode_word(self, word):
@@ -1514,9 +1543,12 @@ class WordPiece:
                 ids.append(self.ids.get(part, self.unk_id))
                 continue
             for word in self.words(part):
-                if word not in self.cache:
-                    self.cache[word] = self.pieces(word)
-                ids += self.cache[word]
+                found = self.cache.get(word)
+                if found is None:
+                    found = self.pieces(word)
+                    if len(self.cache) < WORDS_KEPT:
+                        self.cache[word] = found
+                ids += found
         return ids
 
     def decode(self, ids):
@@ -1582,9 +1614,12 @@ class Unigram:
             return []
         ids = []
         for word in re.findall("▁?[^▁]+|▁", text if text[0] == "▁" else "▁" + text):
-            if word not in self.cache:
-                self.cache[word] = self.encode_word(word)
-            ids += self.cache[word]
+            found = self.cache.get(word)
+            if found is None:
+                found = self.encode_word(word)
+                if len(self.cache) < WORDS_KEPT:
+                    self.cache[word] = found
+            ids += found
         return ids
 
     def encode_word(self, word):

@@ -6,7 +6,7 @@ Chun, Kim, Park, Yun, "Probabilistic Language-Image Pre-Training", arXiv 2410.18
 The idea: "a shape" is true of a million pictures, "a large striped red star above a blue moon" of few. A point cannot
 say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how surely. Spread
 lowers all similarities of a text, so it should pay where a text fits many pictures and be avoided where it fits one.
-(In the published models it does; in the tiny one it marks what cannot be told: README.md has the figures.)
+(In the published models it does; in the tiny one it marks what was masked: README.md has the figures.)
 
     image    mu, v = ViT(image)          [CLS] gives the mean; a second token, [UNC], gives v = ln sigma^2        (B, E)
     text     mu, v = Transformer(text)   the same, but that v is computed from the mean: see TextEncoder          (B, E)

@@ -1094,6 +1094,59 @@ def test_rows_with_missing_images_and_empty_captions_are_counted(tmp_path, capsy
     assert "1 of 3 pictures cannot be read" in said and "gone.png: no such file" in said
 
 
+def test_spaces_around_the_fields_of_a_table_are_not_part_of_them(tmp_path, capsys):
+    folder_of_pictures(tmp_path / "in", 2)
+    write_files(".", {"t.csv": "image , caption,long,split\n in/0.png , a dog,  ,train\nin/1.png,b, c ,train\n",
+                      "t.json": '[{"image": "in/0.png", "captions": []}, {"image": "in/1.png", "caption": "b"}]'})
+    found = load_own("t.csv", "train")
+    assert [(s.captions, s.long) for s in found.values()] == [(["a dog"], None), (["b"], "c")]
+    data.own_pictures("t.json")
+    assert "t.json: 1 of 2 captions are empty" in capsys.readouterr().out
+
+
+def test_folders_may_be_links_to_other_places(tmp_path):
+    folder_of_pictures(tmp_path / "elsewhere", 3)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert [path.name for path in data.list_pictures("mine")] == ["0.png", "1.png", "2.png"]
+
+
+def test_a_cache_is_the_same_however_its_folder_is_written(tmp_path, monkeypatch):
+    folder_of_pictures(tmp_path / "in", 2)
+    first, _ = data.cache_pictures("x", ["in/0.png", "in/1.png"], 16, "crop", "cache")
+    monkeypatch.setattr(data, "build_cache", None)  # nothing is to be made again
+    again, _ = data.cache_pictures("x", [str(tmp_path / "in/0.png"), str(tmp_path / "in/1.png")], 16, "crop", "cache")
+    assert (first == again).all()
+
+
+def test_pictures_of_which_none_could_be_read_are_tried_again(tmp_path):
+    write_files(".", {"a.png": b"nothing"})
+    assert "a.png: cannot identify" in user_error(data.cache_pictures, "x", ["a.png"], 16, "crop", "cache")
+    assert not list(Path("cache").glob("*.json"))
+
+
+def test_a_picture_that_fails_in_its_own_way_ends_nothing(tmp_path, monkeypatch):
+    """Some EXIF fields make Pillow raise a TypeError."""
+    def failing(image):
+        raise TypeError("bad operand type for abs(): 'str'")
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", failing)
+    with pytest.raises(data.PictureError, match="bad operand"):
+        data.read_picture(JPEG, 16)
+
+
+def test_kaggles_table_needs_its_columns_and_captions(tmp_path):
+    folder_of_pictures(tmp_path / "home" / "Images", 2)
+    write_files("home", {"captions.txt": "picture,caption\n0.png,a dog\n"})
+    assert "columns found: picture, caption; expected image,caption" in user_error(data.flickr8k, "home")
+
+
+def test_a_pair_that_is_kept_from_training_is_not_looked_for_for_ever():
+    shape, colour = sorted(data.UNSEEN)[0]
+    assert "unseen=True draws it" in user_error(data.make_scene, "k", count=1, shape=shape, colour=colour)
+    assert data.make_scene("k", count=1, shape=shape, colour=colour, unseen=True).things[0].shape == shape
+    assert "expected 1, 2 or 3" in user_error(data.make_scene, "k", count=4)
+
+
 @pytest.mark.parametrize("files, name, expected", [
     ({}, "nothing", ["nothing", "flickr8k", "shapes", "file or folder that exists"]),
     ({"own/": b""}, "own", ["own", "no pictures", "NAME.txt"]),
@@ -1110,6 +1163,7 @@ def test_rows_with_missing_images_and_empty_captions_are_counted(tmp_path, capsy
     ({"t.csv": "image,caption\na.png,caf\xe9\n".encode("latin-1")}, "t.csv", ["not UTF-8 at byte 23"]),
     ({"t.csv": "image,caption\na.png,dog\n".encode("utf-16")}, "t.csv", ["not UTF-8 at byte 0"]),
     ({"t.csv": "image,caption\na.png, \nb.png,\n"}, "t.csv", ["no image with a caption"]),
+    ({"t.csv": 'image,caption\na.png,"a dog\nb.png,a cat\n'}, "t.csv", ["is a quote not closed?"]),
     ({"t.json": '[{"image": "a.png", '}, "t.json", ["t.json is no JSON"]),
     ({"t.json": "[]"}, "t.json", ["no entries", "image and caption"]),
     ({"t.json": '{"a": 1}'}, "t.json", ["no entries", "image and caption"]),
@@ -1118,7 +1172,7 @@ def test_rows_with_missing_images_and_empty_captions_are_counted(tmp_path, capsy
     ({"t.json": b'[{"image": "a.png", "caption": "caf\xe9"}]'}, "t.json", ["t.json: not UTF-8 at byte 35"]),
     ({"t.csv": "image,caption,split\na.png,dog,train\n", "a.png": JPEG}, "t.csv:val", ["no picture", "'val'"]),
 ], ids=["missing", "empty folder", "no captions", "no images", "suffix", "semicolons", "columns", "empty csv",
-        "no rows", "no image exists", "split", "latin-1", "utf-16", "empty captions", "broken json", "empty json",
+        "no rows", "no image exists", "split", "latin-1", "utf-16", "empty captions", "open quote", "broken json", "empty json",
         "json dict", "json keys", "json latin-1", "no val"])
 def test_bad_input_is_one_line_that_says_what_was_found_and_expected(files, name, expected):
     for file, content in files.items():

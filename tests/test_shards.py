@@ -179,6 +179,21 @@ def test_broken_samples_are_left_out_and_counted(tmp_path, capsys):
         assert part in text, (part, text)
 
 
+def test_a_shard_that_is_damaged_in_the_middle_says_so(tmp_path):
+    """At a damaged header tarfile ends as if that were the end."""
+    write_shards(tmp_path, sizes=(10, 5))
+    path = tmp_path / "000.tar"
+    with tarfile.open(path) as tar:
+        header = [member.offset for member in tar][8]  # of the fifth sample's picture
+    whole = path.read_bytes()
+    assert data.shard_index.__wrapped__(path) == (data.shard_index(path)[0], None)
+    for content, kept in ((whole[:header] + b"x" * 512 + whole[header + 512:], 4), (whole[:header], 4),
+                          (whole[:header + 100], 4)):
+        path.write_bytes(content)
+        entries, error = data.shard_index.__wrapped__(path)
+        assert len(entries) == kept and error
+
+
 def test_captions_of_every_form(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for key, parts in {
@@ -238,6 +253,14 @@ def test_readers_can_be_sent_to_processes_that_share_nothing(pattern, tmp_path):
     again, collate = pickle.loads(pickle.dumps((reader, data.as_it_is)))
     one, two = (next(iter(each)) for each in (reader, again))
     assert (one[0] == two[0]).all() and collate(one) is one
+
+
+def test_hidden_files_are_no_samples(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "._0.png", b"macOS")
+        add(tar, "0.png", png(0))
+        add(tar, "0.txt", b"number 0")
+    assert [key for key, _ in data.shard_index(tmp_path / "0.tar")[0]] == ["0"]
 
 
 def test_masks_and_leftovers_are_no_pictures(tmp_path):
