@@ -15,7 +15,8 @@ one; and so that the rest is not wasted, let a decoder, the captioner, predict a
 
 The captioner (autoregressive in the authors' words) is never fed the words of the caption it predicts. In their places
 stand C learned vectors, the slots. A slot sees the image, the web caption and the slots before it, but not which words
-those came out as: so all words are computed in one pass, in training and in `caption`.
+those came out as: so all words are computed in one pass, in training and in `caption`. Where several captions would be
+right, the slots cannot agree on one: each gives its own most probable word.
 
 Shapes: B batch, S image side, P patch side, N image tokens (class token and patches), L text tokens, C caption slots,
 V vocabulary, D width, H attention heads, E embedding, W processes.
@@ -421,7 +422,7 @@ class CLIPS(nn.Module):
     def caption(self, images, tokenizer, web_tokens=None):
         """What the captioner says of images, as encode_image takes them -> a text for each.
 
-        web_tokens: (B, L) of a caption to start from; without one it is given an empty text.
+        web_tokens: (B, L) of a caption to start from; without one it is given an empty text, as it never was in training.
         """
         if self.captioner is None:
             raise ValueError("this model has no captioner: released weights come without, training makes one")
