@@ -422,7 +422,7 @@ class CLIPS(nn.Module):
     def caption(self, images, tokenizer, web_tokens=None):
         """What the captioner says of images, as encode_image takes them -> a text for each.
 
-        web_tokens: (B, L) of a caption to start from; without one it is given an empty text, as it never was in training.
+        web_tokens: (B, L) of a caption to start from; without one it is given an empty text, as never in training.
         """
         if self.captioner is None:
             raise ValueError("this model has no captioner: released weights come without, training makes one")
