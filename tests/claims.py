@@ -2,7 +2,7 @@
 
     python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 5 minutes on two cores
     python tests/claims.py llip              # numbers of tokens, what is not mixed, temperature; 21 runs
-    python tests/claims.py clips             # which part of a long caption, how much of it, captioner; 33 runs; matplotlib
+    python tests/claims.py clips             # which part of a long caption, how much of it, captioner; 36 runs; matplotlib
 
 Runs go to runs/claims/ and are used again when they are there. --seeds 0 for one run, --out FOLDER for the pictures.
 """
@@ -378,6 +378,8 @@ TRAININGS = {  # what is compared: (model, part of the run's name, changes to th
     "one sentence, and the captioner": ("clips", "-captioner", {}),
 }
 
+LONGER = ("web caption alone", "one sentence", "the whole")
+
 
 def clips_claims(seeds, out, epochs="2"):
     size = clips.CONFIGS["tiny"].image_size
@@ -393,6 +395,13 @@ def clips_claims(seeds, out, epochs="2"):
             points.setdefault(name, []).append(((scores["i2t_r1"] + scores["t2i_r1"]) / 2, scores["zs_all"]))
         lengths = [len(tokenizer.encode(sample.long)) for sample in split.samples]
         part = [len(tokenizer.encode(text)) for sample in split.samples for text in sentences(sample.long)]
+
+        for name in LONGER if seed == seeds[0] else ():  # as long as the whole recipe
+            model, variant, changes = TRAININGS[name]
+            model, tokenizer = trained(model, seed, f"{variant}-long", **changes)
+            scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+            for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
+                note(f"8 epochs, seed {seed} alone, {name}: {what}, %", scores[key])
 
         model, tokenizer = trained("clips", seed)  # the whole recipe, with its captioner
         scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")

@@ -1,10 +1,10 @@
-"""The reference runs on generated pictures: trains what is not there yet, then writes the table, the curves, the logs.
+"""The reference runs on generated pictures: trains what is not there yet, prints the README's rows, keeps logs and curves.
 
     python tests/results.py                          # six models, three seeds: about two hours on two cores
-    python tests/results.py --models clip --seeds 0  # one run; prints its row, and writes nothing
+    python tests/results.py --models clip --seeds 0  # one run
 
-Runs go to runs/claims/, where tests/claims.py looks for them, too. docs/results.md is the README's table, docs/curves.png
-shows the validation figures while the models learn (pip install matplotlib), docs/logs/ keeps each run's log.csv.
+Runs go to runs/claims/, where tests/claims.py looks for them, too. docs/logs/ keeps each run's log.csv; docs/curves.png
+shows the validation figures in all of them (pip install matplotlib).
 """
 import argparse
 import csv
@@ -61,16 +61,16 @@ def read_log(path):
 
 
 def draw_curves(path, logs):
-    """Validation figures after each epoch: a line for each run, a colour for each model."""
+    """Validation figures after each epoch: a line for each run, a colour for each model. logs: "clip-0" -> its rows."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
-    for (name, seed), log in logs.items():
-        colour = f"C{list(train.MODELS).index(name)}"
+    for run, log in logs.items():
+        name, seed = run.split("-")
         for axis, key in zip(axes, ("i2t_r1", "t2i_r1", "zs_all")):
-            axis.plot([line["samples"] / 1000 for line in log], [line[key] for line in log], color=colour,
-                      linewidth=1.2, alpha=0.8, label=name if not seed else None)
+            axis.plot([line["samples"] / 1000 for line in log], [line[key] for line in log], linewidth=1.2, alpha=0.8,
+                      color=f"C{list(train.MODELS).index(name)}", label=name if seed == "0" else None)
     for axis, title in zip(axes, ("image to text, R@1 (%)", "text to image, R@1 (%)", "zero-shot (%)")):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("thousands of pictures seen", fontsize=9)
@@ -86,20 +86,15 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", choices=train.MODELS, default=list(train.MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    everything = options.models == list(train.MODELS) and options.seeds == [0, 1, 2]
-    if everything:
-        try:
-            import matplotlib  # noqa: F401, to fail before two hours of training, not after
-        except ModuleNotFoundError:
-            sys.exit("results.py draws its curves with matplotlib: pip install matplotlib")
-    table, logs = list(HEADER), {}
+    try:
+        import matplotlib  # noqa: F401, to fail before two hours of training, not after
+    except ModuleNotFoundError:
+        sys.exit("results.py draws its curves with matplotlib: pip install matplotlib")
+    table, logs = list(HEADER), ROOT / "docs/logs"
+    logs.mkdir(exist_ok=True)
     for name in options.models:
         table += rows(name, {seed: evaluated(name, seed) for seed in options.seeds})
-        logs |= {(name, seed): Path(f"runs/claims/{name}-{seed}/log.csv") for seed in options.seeds}
+        for seed in options.seeds:
+            shutil.copy(f"runs/claims/{name}-{seed}/log.csv", logs / f"{name}-{seed}.csv")
     print("\n" + "\n".join(table))
-    if everything:
-        (ROOT / "docs/logs").mkdir(exist_ok=True)
-        for (name, seed), log in logs.items():
-            shutil.copy(log, ROOT / f"docs/logs/{name}-{seed}.csv")
-        (ROOT / "docs/results.md").write_text("\n".join(table) + "\n", encoding="utf-8")
-        draw_curves(ROOT / "docs/curves.png", {run: read_log(log) for run, log in logs.items()})
+    draw_curves(ROOT / "docs/curves.png", {path.stem: read_log(path) for path in sorted(logs.glob("*.csv"))})

@@ -15,6 +15,7 @@ import data
 import liteclip
 import llip
 import prolip
+import sizes
 import train
 
 ROOT = Path(train.__file__).parent
@@ -85,13 +86,16 @@ def test_the_example_table_is_one_that_data_reads(tmp_path):
     assert (dog.split, cat.split) == ("train", "val")
 
 
-def test_line_counts_and_links():
-    rows = re.findall(r"^\| \[(\w+\.py)\]\(.*\| (\d+) \| [\d,]+ \|$", README, flags=re.MULTILINE)
-    assert [name for name, _ in rows] == ["clip.py", "liteclip.py", "prolip.py", "llip.py", "clips.py"]
-    for name, lines in rows:
-        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+def test_sizes_and_links():
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(.*?\| (\d+) \| (\d+) \| (\d+) \| ", README, flags=re.MULTILINE)
+    assert [row[0] for row in rows] == list(sizes.FILES)
+    for name, *found in rows:
+        assert tuple(map(int, found)) == sizes.sizes(name), name
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+    headings = {re.sub(r"[^\w -]", "", line[3:].lower()).replace(" ", "-") for line in README.splitlines()
+                if line.startswith("## ")}
+    assert {target[1:] for target in re.findall(r"\]\((#[^)]+)\)", README)} <= headings
 
 
 def test_code_that_loads_released_weights(tmp_path, monkeypatch):
