@@ -31,8 +31,9 @@ What differs:
   - where there are no synthetic captions, as in Flickr8k, one caption plays the web's, the others joined the synthetic;
   - the images' positions are learned (there: fixed sines); the tiny size begins with `head_start`.
 
-    python train.py --model clips                                      # the tiny one on generated pictures
+    python train.py --model clips                                      # the tiny one on generated pictures: 12 minutes
     python clips.py runs/clips-shapes/best.pt photo.png "a red star" "a blue circle"      # and what it sees, in words
+    python tests/claims.py clips                                       # the paper's claims, on shapes
 """
 import math
 import os

@@ -427,7 +427,7 @@ def test_a_scale_at_its_limit_is_noticed(capsys):
 
 
 @pytest.mark.parametrize("captions, said", [
-    ([["a cat", "a dog"], ["a cat"], ["a bird"]], "50% of them belong to several pictures"),  # two of four
+    ([["a cat", "a dog"], ["a cat"], ["a bird"]], "50% of them are said of several pictures"),  # two of four
     ([["a cat", "a cat"], ["a dog"], ["a bird"]], None)])
 def test_captions_of_several_pictures_are_noticed(captions, said, capsys):
     model, tokenizer, _ = small("clip")
