@@ -25,8 +25,8 @@ section "new in Llip"; after it, the same without building the (B, B, E) mixture
 you need it: published weights, sizes, recipes.
 
 It computes what the published code computes (tests/golden holds the values). What differs:
-  - training and `similarity` never build the mixtures, see `mixture_cosines`: the same numbers, three times as fast and
-    in a tenth of the memory (batch 256, K = 32, E = 512, on a CPU: python tests/bench.py llip);
+  - training and `similarity` never build the mixtures, see `mixture_cosines`: the same numbers, 1.7 to 3.3 times as
+    fast and in a tenth of the memory (batch 256, K = 32, E = 512, on a CPU: python tests/bench.py llip);
   - the state of a text is taken at the first end-of-text id, `end_id`, and not at the largest id; and it need not be
     padded: attention is causal, so nothing behind the end of a text can change its feature;
   - zero-shot (train.py): a class scores the mean similarity of its prompts, as in the other files; the published
