@@ -1,10 +1,11 @@
-"""The reference runs on generated pictures: trains what is not there yet, prints the README's rows, keeps logs and curves.
+"""The reference runs of the tiny sizes: trains what is not there yet, prints the README's rows, keeps logs and curves.
 
     python tests/results.py                          # six models, three seeds: about two hours on two cores
     python tests/results.py --models clip --seeds 0  # one run
+    python tests/results.py --data flickr8k          # photographs: the five, 24 epochs; --root as of train.py
 
 Runs go to runs/claims/, where tests/claims.py looks for them, too. docs/logs/ keeps each run's log.csv; docs/curves.png
-shows the validation figures in all of them (pip install matplotlib).
+and docs/curves-flickr8k.png show the validation figures in all of them (pip install matplotlib).
 """
 import argparse
 import csv
@@ -19,37 +20,43 @@ import claims  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 
-HEADER = ("| | I2T R@1 / 5 / 10 | T2I R@1 / 5 / 10 | zero-shot seen / unseen / all |", "|---|---|---|---|")
-GROUPS = [[f"{direction}_r{k}" for k in (1, 5, 10)] for direction in ("i2t", "t2i")] + [["zs_seen", "zs_unseen", "zs_all"]]
+GROUPS = {"I2T R@1 / 5 / 10": [f"i2t_r{k}" for k in (1, 5, 10)], "T2I R@1 / 5 / 10": [f"t2i_r{k}" for k in (1, 5, 10)],
+          "zero-shot seen / unseen / all": ["zs_seen", "zs_unseen", "zs_all"]}
+EPOCHS = 24  # of Flickr8k: 144,000 pictures, about as many as eight epochs of generated ones
 
 
-def source(name):
-    """The pictures that a model's tiny size is trained on."""
-    return "shapes-ko" if name == "koclip" else "shapes"
-
-
-def evaluated(name, seed):
-    """-> the test figures of a run, which is made if it is not there."""
-    model, tokenizer = claims.trained(name, seed, flags=("--data", source(name)))
+def evaluated(name, seed, root=None, photographs=False):
+    """-> the test figures of a run, which is made if it is not there, and its folder."""
+    source, variant, flags = "shapes-ko" if name == "koclip" else "shapes", "", []
+    if photographs:
+        source, variant, flags = "flickr8k", "-flickr8k", ["--epochs", str(EPOCHS), *(["--root", root] if root else [])]
+    model, tokenizer = claims.trained(name, seed, variant, flags=["--data", source, *flags])
     size = model.config.image_size
-    precision = train.pick_precision(model.logit_scale.device)
-    return train.evaluate(model, tokenizer, data.load(source(name), "test", size),
-                          data.load_zero_shot(source(name), size), precision)[0]
+    scores, _ = train.evaluate(model, tokenizer, data.load(source, "test", size, root),
+                               data.load_zero_shot(source, size), train.pick_precision(model.logit_scale.device))
+    return scores, Path(f"runs/claims/{name}{variant}-{seed}")
 
 
-def row(title, scores):
-    return " | ".join([f"| {title}", *(" / ".join(f"{scores[key]:.1f}" for key in group) for group in GROUPS)]) + " |"
+def table(titles):
+    return [" | ".join(["| ", *titles]) + " |", "|---" * (len(titles) + 1) + "|"]
+
+
+def row(title, cells):
+    return " | ".join([f"| {title}", *cells]) + " |"
 
 
 def rows(name, runs):
     """A row for each seed, and one for their mean and standard deviation, of R@1 and zero-shot alone."""
-    found = [row(f"`{name}`" if seed == 0 else f"`{name}`, `--seed {seed}`", scores) for seed, scores in runs.items()]
+    groups = [group for group in GROUPS.values() if group[0] in runs[min(runs)]]
+    found = [row(f"`{name}`" if seed == 0 else f"`{name}`, `--seed {seed}`",
+                 [" / ".join(f"{scores[key]:.1f}" for key in group) for group in groups])
+             for seed, scores in runs.items()]
     if len(runs) > 1:
         def mean(key):
             values = [scores[key] for scores in runs.values()]
             return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-        shown = GROUPS[0][:1], GROUPS[1][:1], GROUPS[2]
-        found.append(" | ".join(["| mean ± sd", *(" / ".join(map(mean, group)) for group in shown)]) + " |")
+        found.append(row("mean ± sd", [" / ".join(map(mean, group if group[0] == "zs_seen" else group[:1]))
+                                       for group in groups]))
     return found
 
 
@@ -65,14 +72,15 @@ def draw_curves(path, logs):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.6), layout="constrained")
-    for run, log in logs.items():
-        name, seed = run.split("-")
-        for axis, key in zip(axes, ("i2t_r1", "t2i_r1", "zs_all")):
+    titles = {"i2t_r1": "image to text, R@1 (%)", "t2i_r1": "text to image, R@1 (%)", "zs_all": "zero-shot (%)"}
+    shown = [key for key in titles if all(key in log[0] for log in logs.values())]
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.5 * len(shown), 3.6), layout="constrained")
+    for axis, key in zip(axes, shown):
+        for run, log in logs.items():
+            name, seed = run.split("-")[0], run.split("-")[-1]
             axis.plot([line["samples"] / 1000 for line in log], [line[key] for line in log], linewidth=1.2, alpha=0.8,
                       color=f"C{list(train.MODELS).index(name)}", label=name if seed == "0" else None)
-    for axis, title in zip(axes, ("image to text, R@1 (%)", "text to image, R@1 (%)", "zero-shot (%)")):
-        axis.set_title(title, fontsize=10)
+        axis.set_title(titles[key], fontsize=10)
         axis.set_xlabel("thousands of pictures seen", fontsize=9)
         axis.set_ylim(0, None)
         axis.grid(alpha=0.3)
@@ -82,19 +90,25 @@ def draw_curves(path, logs):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The reference runs on generated pictures.")
-    parser.add_argument("--models", nargs="+", choices=train.MODELS, default=list(train.MODELS))
+    parser = argparse.ArgumentParser(description="The reference runs of the tiny sizes.")
+    parser.add_argument("--data", choices=("shapes", "flickr8k"), default="shapes")
+    parser.add_argument("--root", help="where Flickr8k's files lie (default: download to data/flickr8k)")
+    parser.add_argument("--models", nargs="+", choices=train.MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     try:
         import matplotlib  # noqa: F401, to fail before two hours of training, not after
     except ModuleNotFoundError:
         sys.exit("results.py draws its curves with matplotlib: pip install matplotlib")
-    table, logs = list(HEADER), ROOT / "docs/logs"
-    logs.mkdir(exist_ok=True)
-    for name in options.models:
-        table += rows(name, {seed: evaluated(name, seed) for seed in options.seeds})
-        for seed in options.seeds:
-            shutil.copy(f"runs/claims/{name}-{seed}/log.csv", logs / f"{name}-{seed}.csv")
-    print("\n" + "\n".join(table))
-    draw_curves(ROOT / "docs/curves.png", {path.stem: read_log(path) for path in sorted(logs.glob("*.csv"))})
+    photographs, docs = options.data == "flickr8k", ROOT / "docs"
+    names = options.models or [name for name in train.MODELS if not (photographs and name == "koclip")]
+    lines = table(list(GROUPS)[:2 if photographs else 3])
+    for name in names:
+        runs = {seed: evaluated(name, seed, options.root, photographs) for seed in options.seeds}
+        lines += rows(name, {seed: scores for seed, (scores, _) in runs.items()})
+        for _, folder in runs.values():
+            shutil.copy(folder / "log.csv", docs / "logs" / f"{folder.name}.csv")
+    print("\n" + "\n".join(lines))
+    logs = {path.stem: read_log(path) for path in sorted((docs / "logs").glob("*.csv"))
+            if ("-flickr8k-" in path.stem) == photographs}
+    draw_curves(docs / ("curves-flickr8k.png" if photographs else "curves.png"), logs)
