@@ -13,7 +13,7 @@ a new class is then just a new caption.
     loss     1/2 [ CE(rows of s, diagonal) + CE(columns of s, diagonal) ]                                       Fig. 3
 
 Shapes: B batch, S image side, P patch side, N image tokens (class token and patches), L text tokens, D width,
-H attention heads, E embedding, W processes.
+H attention heads, E embedding, W processes, I images, T texts.
 
 How to read it: Attention, MLP and Block are those of any transformer; ImageEncoder and TextEncoder put an input and an
 output around them; contrastive_loss is the paper; CLIP joins the three. That is the lesson. What follows is for when
@@ -28,7 +28,7 @@ It computes what OpenAI's code computes (tests/golden holds the values). What di
     and a batch is what your machine holds. (That each process computes its own rows of the global loss is theirs, too.)
   - the tiny size begins with `head_start`; the published sizes begin as published.
 
-    python train.py --model clip                                       # the tiny one on generated pictures: 5 minutes
+    python train.py --model clip                                       # the tiny one on generated pictures: 4 minutes
     python train.py --model clip --config vit-b-32 --data flickr8k     # goes on from OpenAI's weights
     python clip.py runs/clip-shapes/best.pt photo.png "a red star" "a blue circle"
     python clip.py clip/vit-b-32 photo.jpg "a photo of a dog" "a photo of a cat"       # OpenAI's, downloaded once
@@ -123,20 +123,17 @@ class Block(nn.Module):
 
 class ImageEncoder(nn.Module):
     """ViT: images (B, 3, S, S), normalised -> (B, E)."""
-    patch_bias, eps = False, 1e-5  # others in the class ViT, for KoCLIP
-
     def __init__(self, config):
         super().__init__()
         width, grid = config.image_width, config.image_size // config.patch_size
-        self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size,
-                               bias=self.patch_bias)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + grid ** 2, width))
-        self.ln_pre = nn.LayerNorm(width, eps=self.eps)
+        self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList([
-            Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation], self.eps)
+            Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation])
             for _ in range(config.image_layers)])
-        self.ln_post = nn.LayerNorm(width, eps=self.eps)
+        self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
 
     def forward(self, x):
@@ -160,8 +157,9 @@ class TextEncoder(nn.Module):
         self.end_id = config.end_id
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.blocks = nn.ModuleList([Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.activation])
-                                     for _ in range(layers)])
+        self.blocks = nn.ModuleList([
+            Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.activation])
+            for _ in range(layers)])
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -184,7 +182,7 @@ class TextEncoder(nn.Module):
         return self.ln_final(x) @ self.text_projection  # (B, E)
 
 
-# --- the loss -------------------------------------------------------------------------------------------------------
+# --- over several processes, in full precision ----------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
@@ -222,6 +220,8 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
+# --- the loss -------------------------------------------------------------------------------------------------------
+
 def contrastive_loss(image_features, text_features, scale):
     """The symmetric cross-entropy of CLIP over the global batch (CLIP, Fig. 3).
 
@@ -247,21 +247,21 @@ class CLIP(nn.Module):
     """Two encoders and one learned number, logit_scale.
 
     For use: `encode_image`, `encode_text`, `similarity`, `tokenize`, `from_pretrained`; for a training step:
-    `text_batch` and `forward`, or its halves `encode` and `loss`. train.py also reads `Config`, `logit_scale`,
-    `chance_loss` and, for its closing hint, `example_labels`.
+    `text_batch` and `forward`, or its halves `encode` and `loss`. train.py also reads `Config`, `config`,
+    `logit_scale`, `chance_loss` and, for its closing hint, `example_labels`.
     """
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"
 
-    def __init__(self, config, image_tower=ImageEncoder, text_tower=TextEncoder):
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        self.image_encoder = image_tower(config)
-        self.text_encoder = text_tower(config)
+        self.image_encoder = ImageEncoder(config)
+        self.text_encoder = TextEncoder(config)
         if config.head_start:
             head_start(self.image_encoder, config.image_size // config.patch_size)
-        # A cosine lies in [-1, 1]; softmax over a batch needs a larger range to be sure of anything, and how large is
-        # learned. As an exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
+        # A cosine lies in [-1, 1]; to be sure of anything, a loss needs a larger range, and how large is learned. As an
+        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The mean and spread of CLIP's own training pictures.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
@@ -291,7 +291,7 @@ class CLIP(nn.Module):
     def forward(self, images, tokens):
         """images (B, 3, S, S) and their captions (B, L) -> {"loss": this process's rows against all columns}.
 
-        A dict, because other models of the family have several terms, and train.py logs what it finds.
+        A dict, because other models of the family have several terms, which their class names in `terms`.
         """
         return self.loss(**self.encode(images, tokens))
 
@@ -353,21 +353,11 @@ class CLIP(nn.Module):
         source, config = find_source(source, config, cls, cache)
         state = read_state(torchscript_state(source))
         # OpenAI's archives alone have input_resolution, and all of them need quick_gelu.
-        if cls is CLIP and "input_resolution" not in state and not isinstance(config, Config):
+        if "input_resolution" not in state and not isinstance(config, Config):
             warnings.warn("the weights do not say which activation they were trained with; taken: quick_gelu, as "
                           "OpenAI's. LAION's need gelu: pass a Config, such as "
                           'dataclasses.replace(CONFIGS["vit-b-32"], activation="gelu")')
-        state = arrange(rename(state))
-        fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
-        model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
-        try:
-            load_strictly(model, resize_positions(state, model) if config else state)
-        except ValueError as error:
-            hint = f"\n  it would fit config={fits!r}" if fits else ""
-            if config is None:
-                hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
-            raise ValueError(f"{error}{hint}") from None
-        return model.eval()
+        return build(cls, arrange(rename(state)), config)
 
 
 # --- reading published weights --------------------------------------------------------------------------------------
@@ -441,7 +431,10 @@ def torchscript_state(source):
 
 
 def find_source(source, config, cls, cache):
-    """The name of a published model -> its file, downloaded, and its name as config. All else stays what it is."""
+    """The name of a published model -> its file, downloaded, and its name as config.
+
+    A path or a state dict stays what it is; an unknown name is an error.
+    """
     if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
         import data  # not at the top: this file works without its siblings
         return data.fetch(PUBLISHED[source], cache)["source"], config or source
@@ -516,15 +509,29 @@ def load_strictly(model, state):
     model.load_state_dict(state)
 
 
+def build(cls, state, config, adapt=resize_positions):
+    """A model with these weights, adapted to this size; without one, of the size that they fit."""
+    fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
+    model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
+    try:
+        load_strictly(model, adapt(state, model) if config else state)
+    except ValueError as error:
+        hint = f"\n  it would fit config={fits!r}" if fits else ""
+        if config is None:
+            hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
+        raise ValueError(f"{error}{hint}") from None
+    return model.eval()
+
+
 # --- sizes, and how each is trained ---------------------------------------------------------------------------------
 
+LARGE = dict(patch_size=14, image_width=1024, image_layers=24, image_heads=16, image_mlp=4096, text_width=768,
+             text_heads=12, text_mlp=3072, embed_dim=768)
 CONFIGS = {
-    "vit-b-32": Config(),               # 151,277,313 parameters
-    "vit-b-16": Config(patch_size=16),  # 149,620,737
-    "vit-l-14": Config(patch_size=14, image_width=1024, image_layers=24, image_heads=16, image_mlp=4096,
-                       text_width=768, text_heads=12, text_mlp=3072, embed_dim=768),  # 427,616,513
-    "vit-l-14-336": Config(image_size=336, patch_size=14, image_width=1024, image_layers=24, image_heads=16,
-                           image_mlp=4096, text_width=768, text_heads=12, text_mlp=3072, embed_dim=768),  # 427,944,193
+    "vit-b-32": Config(),                              # 151,277,313 parameters
+    "vit-b-16": Config(patch_size=16),                 # 149,620,737
+    "vit-l-14": Config(**LARGE),                       # 427,616,513
+    "vit-l-14-336": Config(image_size=336, **LARGE),   # 427,944,193
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
                    vocab_size=1024, end_id=2, context_length=64, text_width=128, text_layers=2, text_heads=4,
                    text_mlp=512, embed_dim=128, head_start=True),
@@ -562,6 +569,10 @@ def head_start(encoder, grid):
     contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
 
 
+def hub(name, file, sha256=None):
+    return f"https://huggingface.co/{name}/resolve/main/{file}", sha256
+
+
 VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
               "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
 PUBLISHED = {  # name: its files (address, SHA-256)
@@ -577,7 +588,8 @@ PUBLISHED = {  # name: its files (address, SHA-256)
 # nothing. There epochs, rate and decay are the paper's, whose batch was 32,768.
 RECIPES = {
     **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="clip",
-                  files=files, scratch=dict(epochs=32, lr=4e-4 if "vit-l" in name else 5e-4, weight_decay=0.2))
+                  files=files,
+                  scratch=dict(epochs=32, lr=4e-4 if CONFIGS[name].image_width > 768 else 5e-4, weight_decay=0.2))
        for name, files in PUBLISHED.items()},
     "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=1.0, weight_decay=0.05, warmup=0.1),
 }
@@ -663,8 +675,9 @@ class RoBERTa(nn.Module):
         self.token_type_embedding = nn.Parameter(0.002 * torch.randn(1, width))  # BERT has two types, RoBERTa one
         self.ln_embed = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([PostBlock(width, config.text_heads, config.text_mlp, 1e-5, config.dropout)
-                                     for _ in range(config.text_layers)])
+        self.blocks = nn.ModuleList([
+            PostBlock(width, config.text_heads, config.text_mlp, 1e-5, config.dropout)
+            for _ in range(config.text_layers)])
         self.pooler = nn.Linear(width, width)
         self.text_projection = nn.Parameter(0.02 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)  # for a fresh tower; KoCLIP's came from KLUE
@@ -684,29 +697,40 @@ class RoBERTa(nn.Module):
 
 class ViT(ImageEncoder):
     """Google's ViT. Unlike CLIP's: a bias at the patches, no norm before the blocks, a tanh pooler, an eps of 1e-12."""
-    patch_bias, eps = True, 1e-12
-
     def __init__(self, config):
         super().__init__(config)
+        width = config.image_width
+        self.conv1.bias = nn.Parameter(torch.zeros(width))
         self.ln_pre = nn.Identity()
-        self.ln_post = nn.Sequential(self.ln_post, nn.Linear(config.image_width, config.image_width), nn.Tanh())
+        self.ln_post = nn.Sequential(self.ln_post, nn.Linear(width, width), nn.Tanh())
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-12
 
 
 class KoCLIP(CLIP):
+    """CLIP with other towers."""
     Config = KoConfig
     example_labels = "이것은 강아지 이다.", "이것은 고양이 이다."  # "this is a dog", in the form that KoCLIP's authors advise
 
     def __init__(self, config):
-        super().__init__(config, {"clip": ImageEncoder, "vit": ViT}[config.image_tower], RoBERTa)
-        nn.init.constant_(self.logit_scale, config.logit_scale)
+        nn.Module.__init__(self)  # not CLIP's, which would make its own towers
+        self.config = config
+        self.image_encoder = {"clip": ImageEncoder, "vit": ViT}[config.image_tower](config)
+        self.text_encoder = RoBERTa(config)
+        if config.head_start:
+            head_start(self.image_encoder, config.image_size // config.patch_size)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale)))
+        self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_pretrained(cls, source, config=None, cache="data/cache"):
         """As CLIP.from_pretrained, from KoCLIP's dual encoders: Hugging Face's names, or Flax's .msgpack."""
         source, config = find_source(source, config, cls, cache)
-        if not isinstance(source, dict):
-            source = read_flax(source) if str(source).endswith(".msgpack") else read_state(source)
-        return super().from_pretrained(rename(source, KOCLIP_NAMES), config)
+        if not isinstance(source, dict) and str(source).endswith(".msgpack"):
+            source = read_flax(source)
+        return build(cls, arrange(rename(rename(read_state(source), KOCLIP_NAMES))), config)
 
     @classmethod
     def from_backbones(cls, image, text, config="koclip-base"):
@@ -781,10 +805,6 @@ CONFIGS |= {
                             text_heads=4, text_mlp=512, embed_dim=128, head_start=True, dropout=0.0,
                             logit_scale=math.log(1 / 0.07)),
 }
-
-
-def hub(name, file):
-    return f"https://huggingface.co/{name}/resolve/main/{file}", None
 
 
 KLUE = {"text": hub("klue/roberta-large", "pytorch_model.bin"), "vocab": hub("klue/roberta-large", "vocab.txt")}

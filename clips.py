@@ -10,26 +10,30 @@ one; and so that the rest is not wasted, let a decoder, the captioner, predict a
     image    u = ViT(image)             mean of the patches' states, normed, projected                            (B, E)
     texts    v, w = Transformer(web caption), Transformer(one sentence of the synthetic caption)                  (B, E)
     contrast 1/2 [ CLIP(u, v) + CLIP(u, w) ]     CLIP's symmetric loss, each time over a (B, B) table of its own
-    caption  -mean ln p(y_i | image, web caption)    y_i: token i of the synthetic caption, read from slot i      (B, C)
+    caption  -mean ln p(y_i | image, web caption)    y (B, C): the synthetic caption; its token i is read from slot i
     loss     contrast + 2 caption                    (the mean is over the tokens of all captions, all processes)
 
-The captioner (autoregressive in the authors' words) is never fed the words of the caption it predicts. In their places
-stand C learned vectors, the slots. A slot sees the image, the web caption and the slots before it, but not which words
-those came out as: so all words are computed in one pass, in training and in `caption`. Where several captions would be
-right, the slots cannot agree on one: each gives its own most probable word.
+In the code: u image_features, v web_features, w sub_features, y targets.
 
-Shapes: B batch, S image side, P patch side, N image tokens (class token and patches), L text tokens, C caption slots,
-V vocabulary, D width, H attention heads, E embedding, W processes.
+The captioner (autoregressive in the authors' words) is never fed the words of the caption it predicts. In their places
+stand C learned vectors, the slots. A slot sees the image, the web caption and the states of the slots before it, but
+never a word that was chosen: so all words are computed in one pass, in training and in `caption`. Where several
+captions would be right, the slots cannot agree on one: each gives its own most probable word.
+
+Shapes: B batch, S image side, P patch side, N image tokens (class token and patches), L text tokens (always
+context_length), C caption slots, V vocabulary, D width, H attention heads, E embedding, W processes, I images, T texts.
 
 How to read it: beside clip.py. The towers differ in details, the section "new in CLIPS" is the paper, `text_batch` says
 which captions a step sees. What follows the model is for when you need it: published weights, sizes, recipes.
 
 The towers compute what the published code computes (tests/golden holds the values): no norm before the blocks, pooling
 before the last norm, texts without any mask, their class token last, eps 1e-6, the tanh form of GELU in texts alone.
-The published PyTorch code cannot train (its captioner does not run); training is as in OpenVision, by the same authors.
-What differs:
+The released PyTorch code leaves the captioner's training open; captions, captioner and loss are as in OpenVision, by
+the same group. What differs:
   - where there are no synthetic captions, as in Flickr8k, one caption plays the web's, the others joined the synthetic;
-  - the images' positions are learned (there: fixed sines); the tiny size begins with `head_start`.
+  - the images' positions are learned (there: fixed sines);
+  - training: AdamW's second beta is .98 (there .95), crops are of half the picture or more (there 40 %); the tiny size
+    begins with `head_start`.
 
     python train.py --model clips                                      # the tiny one on generated pictures: 12 minutes
     python clips.py runs/clips-shapes/best.pt photo.png "a red star" "a blue circle"      # and what it sees, in words
@@ -56,10 +60,10 @@ class Config:
     image_layers: int = 24
     image_heads: int = 16
     image_mlp: int = 4096            # the hidden width
-    fit: str = "squash"              # pictures are squeezed into a square, not cropped
-    vocab_size: int = 32000
+    fit: str = "squash"              # for train.py: pictures are squeezed into a square, not cropped
+    vocab_size: int = 32000          # rows of the table; BERT's vocabulary has 30,522
     pad_id: int = 0                  # attended to like any word, so which id it is matters
-    start_id: int = 1
+    start_id: int = 1                # these two BERT leaves unused; its tokenizer would say 101 and 102
     end_id: int = 2
     class_id: int = 101              # BERT's [CLS], last, after the padding: there a text's feature is taken
     context_length: int = 80         # longer texts are cut here, shorter ones filled
@@ -158,7 +162,8 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A transformer without any mask: tokens (B, L) -> (B, E), and for the captioner the states before the norm.
+    """A transformer without any mask: tokens (B, context_length) -> (B, E), and for the captioner the states
+    before the norm, without the class token's.
 
     The feature is taken at the last token, which is the class token; padding, before it, is seen like words.
     """
@@ -186,7 +191,7 @@ class TextEncoder(nn.Module):
         return self.ln_final(x[:, -1]) @ self.text_projection, x[:, :-1]  # (B, E), (B, L - 1, D)
 
 
-# --- the loss -------------------------------------------------------------------------------------------------------
+# --- over several processes, in full precision ----------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
@@ -224,6 +229,20 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
+def mean_of_all(values, counted):
+    """This process's share of the mean over all processes of values, where counted, bool of the same shape, is true.
+
+    DDP averages the shares of W processes: a share is the sum here, times W, over how many all of them count.
+    """
+    total, processes = counted.sum(), 1
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+        processes = dist.get_world_size()
+    return (values * counted).sum() * processes / total.clamp(min=1)
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
 def contrastive_loss(image_features, text_features, scale):
     """The symmetric cross-entropy of CLIP over the global batch (CLIP, Fig. 3).
 
@@ -241,19 +260,6 @@ def contrastive_loss(image_features, text_features, scale):
         first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # where our columns begin
         labels = torch.arange(first, first + len(image_features), device=image_features.device)
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
-
-
-def mean_of_all(values, weight):
-    """The mean over all processes of values (n,), each counted `weight` times, bool or int (n,): this one's share.
-
-    DDP averages the shares of W processes, so a share is the sum here, times W, over the weight of all processes. n may
-    differ among them.
-    """
-    total, processes = weight.sum(), 1
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
-        processes = dist.get_world_size()
-    return (values * weight).sum() * processes / total.clamp(min=1)
 
 
 # --- new in CLIPS: what of a long caption is contrasted, and the captioner ------------------------------------------
@@ -316,18 +322,16 @@ class Captioner(nn.Module):
 
 
 def caption_losses(states, head, targets, pad_id):
-    """Cross-entropy of slot i's state (B, C, D) and token i of the caption (B, C), padding apart.
+    """-ln p(y_i), read from slot i: states (B, C, D), targets y (B, C) -> (B, C), and where y has a token, bool (B, C).
 
-    -> a caption's mean over its tokens, (B,), and their number, (B,), by which mean_of_all weighs it. head is applied
-    where there is a token: logits of all slots over a large vocabulary would be most of the memory.
+    Padding costs nothing, and head is not applied to it: logits of all slots over a large vocabulary would be most of
+    the memory.
     """
     real = targets != pad_id
     with full_precision(states):
         logits = F.linear(upcast(states[real]), upcast(head.weight))  # (tokens of all captions, V)
         losses = F.cross_entropy(logits, targets[real], reduction="none")
-    losses = losses.new_zeros(real.shape).masked_scatter(real, losses)  # (B, C)
-    tokens = real.sum(dim=1)
-    return losses.sum(dim=1) / tokens.clamp(min=1), tokens
+    return losses.new_zeros(real.shape).masked_scatter(real, losses), real
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -335,9 +339,7 @@ def caption_losses(states, head, targets, pad_id):
 class CLIPS(nn.Module):
     """Two encoders, one learned number, logit_scale, and, for training and for `caption`, a captioner.
 
-    train.py needs `Config`, `terms` (what forward returns beside the loss, for its log), `example_labels`,
-    `chance_loss`, `tokenize`, `text_batch`, `forward`, `encode` and `loss`; everybody else `encode_image`,
-    `encode_text`, `similarity`, `caption` and `from_pretrained`.
+    For its methods see CLIP in clip.py. New: `caption`, and `terms`, which train.py logs.
     """
     Config = Config
     terms = "contrastive", "captioning"
@@ -351,8 +353,8 @@ class CLIPS(nn.Module):
         self.captioner = Captioner(config) if config.caption_layers else None
         if config.head_start:
             head_start(self.image_encoder, config.image_size // config.patch_size)
-        # A cosine lies in [-1, 1]; softmax over a batch needs a larger range to be sure of anything, and how large is
-        # learned. As an exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
+        # A cosine lies in [-1, 1]; to be sure of anything, a loss needs a larger range, and how large is learned. As an
+        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The mean and spread of ImageNet's pictures.
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), persistent=False)
@@ -378,9 +380,9 @@ class CLIPS(nn.Module):
 
     def text_feature_and_states(self, tokens):
         """-> the feature of encode_text, (B, E), and the tokens' states for the captioner, (B, L - 1, D)."""
-        length = len(self.text_encoder.positional_embedding)
-        if tokens.ndim != 2 or tokens.shape[1] != length:
-            raise ValueError(f"tokens must be (B, {length}), as tokenize makes them, got {tuple(tokens.shape)}")
+        limit = len(self.text_encoder.positional_embedding)
+        if tokens.ndim != 2 or tokens.shape[1] != limit:
+            raise ValueError(f"tokens must be (B, {limit}), as tokenize makes them, got {tuple(tokens.shape)}")
         features, states = self.text_encoder(tokens)
         return self.normalize(features), states
 
@@ -389,41 +391,11 @@ class CLIPS(nn.Module):
         with full_precision(image_features):
             return upcast(image_features) @ upcast(text_features).T
 
-    def forward(self, images, tokens, sub_tokens, targets):
-        """images (B, 3, S, S); tokens: their web captions, sub_tokens: parts of their synthetic captions, (B, L) each;
-        targets: the synthetic captions in whole, (B, C).
-        -> {"loss": the sum of the others, "contrastive": ..., "captioning": ...}, captioning with its weight in it; it
-        is missing where there is no captioner.
-        """
-        return self.loss(**self.encode(images, tokens, sub_tokens, targets))
-
-    def encode(self, images, tokens, sub_tokens, targets):
-        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
-        samples at a time, and `loss` for all. What a caption costs concerns no other sample, and is worked out here.
-        """
-        image_features, image_states = self.image_feature_and_states(images)
-        text_features, text_states = self.text_feature_and_states(torch.cat([tokens, sub_tokens]))  # one pass for both
-        web_features, sub_features = text_features.chunk(2)
-        features = {"image_features": image_features, "web_features": web_features, "sub_features": sub_features}
-        if self.captioner is not None:
-            states = self.captioner(image_states, text_states[:len(images)])
-            features["caption_means"], features["caption_tokens"] = caption_losses(
-                states, self.captioner.head, targets, self.config.pad_id)
-        return features
-
-    def loss(self, image_features, web_features, sub_features, caption_means=None, caption_tokens=None):
-        scale = self.logit_scale.exp()
-        terms = {"contrastive": (contrastive_loss(image_features, web_features, scale)
-                                 + contrastive_loss(image_features, sub_features, scale)) / 2}
-        if caption_means is not None:
-            terms["captioning"] = self.config.caption_weight * mean_of_all(caption_means, caption_tokens)
-        return {"loss": sum(terms.values()), **terms}
-
     @torch.no_grad()
     def caption(self, images, tokenizer, web_tokens=None):
         """What the captioner says of images, as encode_image takes them -> a text for each.
 
-        web_tokens: (B, L) of a caption to start from; without one it is given an empty text, as never in training.
+        web_tokens: (B, context_length), their web captions, as in training; without them an empty text, as never there.
         """
         if self.captioner is None:
             raise ValueError("this model has no captioner: released weights come without, training makes one")
@@ -436,6 +408,37 @@ class CLIPS(nn.Module):
             end = ids.index(self.config.end_id) if self.config.end_id in ids else len(ids)
             texts.append(tokenizer.decode([i for i in ids[:end] if i != self.config.pad_id]))
         return texts
+
+    def forward(self, images, web_tokens, sub_tokens, targets):
+        """images (B, 3, S, S); web_tokens: their web captions, sub_tokens: parts of their synthetic captions, (B, L);
+        targets: the synthetic captions in whole, (B, C).
+        -> {"loss": the sum of the others, "contrastive": ..., "captioning": ...}, captioning with its weight in it; it
+        is missing where there is no captioner.
+        """
+        return self.loss(**self.encode(images, web_tokens, sub_tokens, targets))
+
+    def encode(self, images, web_tokens, sub_tokens, targets):
+        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
+        samples at a time, and `loss` for all. What a caption costs concerns no other sample, and is worked out here.
+        """
+        image_features, image_states = self.image_feature_and_states(images)
+        text_features, text_states = self.text_feature_and_states(torch.cat([web_tokens, sub_tokens]))  # in one pass
+        web_features, sub_features = text_features.chunk(2)
+        features = {"image_features": image_features, "web_features": web_features, "sub_features": sub_features}
+        if self.captioner is not None:
+            web_states = text_states.chunk(2)[0]  # the captioner reads the web caption alone
+            states = self.captioner(image_states, web_states)
+            features["caption_losses"], features["counted"] = caption_losses(
+                states, self.captioner.head, targets, self.config.pad_id)
+        return features
+
+    def loss(self, image_features, web_features, sub_features, caption_losses=None, counted=None):
+        scale = self.logit_scale.exp()
+        terms = {"contrastive": (contrastive_loss(image_features, web_features, scale)
+                                 + contrastive_loss(image_features, sub_features, scale)) / 2}
+        if caption_losses is not None:
+            terms["captioning"] = self.config.caption_weight * mean_of_all(caption_losses, counted)
+        return {"loss": sum(terms.values()), **terms}
 
     def chance_loss(self, batch):
         """The contrastive loss of a model that tells nothing apart: all its features are alike."""
@@ -466,9 +469,9 @@ class CLIPS(nn.Module):
     def lay_out(self, pieces):
         """Token ids of each text, cut without a warning -> (B, L): start, ids, end, padding, class token."""
         config = self.config
-        tokens = torch.full((len(pieces), config.context_length), config.pad_id)
-        for i, p in enumerate(pieces):
-            row = [config.start_id, *p[:self.room], config.end_id]
+        rows = [[config.start_id, *p[:self.room], config.end_id] for p in pieces]
+        tokens = torch.full((len(rows), config.context_length), config.pad_id)
+        for i, row in enumerate(rows):
             tokens[i, :len(row)] = torch.tensor(row)
         tokens[:, -1] = config.class_id
         return tokens
@@ -483,15 +486,14 @@ class CLIPS(nn.Module):
         config = self.config
         web, sub, targets = [], [], torch.full((len(samples), config.caption_length), config.pad_id)
         for i, (sample, rng) in enumerate(zip(samples, rngs)):
-            captions = rng.sample(sample.captions, len(sample.captions))
+            captions = rng.sample(sample.captions, len(sample.captions))  # shuffled
             web.append(tokenizer.encode(sample.web or captions[0]))
-            others = captions if sample.web else captions[1:] or captions
+            others = captions if sample.web or len(captions) == 1 else captions[1:]
             synthetic = sample.long or " ".join(text.rstrip(" .") + "." for text in others)
-            sub.append(shorten(synthetic, tokenizer.encode, config.shorten, rng,
-                               config.shorten_to or self.room))
+            sub.append(shorten(synthetic, tokenizer.encode, config.shorten, rng, config.shorten_to or self.room))
             row = [*tokenizer.encode(synthetic)[:config.caption_length - 1], config.end_id]
             targets[i, :len(row)] = torch.tensor(row)
-        return {"tokens": self.lay_out(web), "sub_tokens": self.lay_out(sub), "targets": targets}
+        return {"web_tokens": self.lay_out(web), "sub_tokens": self.lay_out(sub), "targets": targets}
 
     # --- weights from elsewhere ---
 
@@ -501,15 +503,15 @@ class CLIPS(nn.Module):
 
         source: the name of a published model, such as "vit-l-14-224" (downloaded once, into `cache`, with its
         vocabulary), or the path of a file, or a state dict.
-        config: a Config or its name; without one, the size whose towers have the names and shapes of the file's. A
-        Config with caption_layers gets a fresh captioner, for training on; all else gets none. A Config with another
-        image_size than the file's is fine: the table of positions is resized, with a warning.
+        config: a Config or its name; without one, the size whose towers have the names and shapes of the file's. With
+        another image_size than the file's, the table of positions is resized, with a warning. A Config with
+        caption_layers keeps the source's captioner, or gets a fresh one; a name, or nothing, means none.
         """
         source, config = find_source(source, config, cls, cache)
         state = arrange(rename(read_state(source)))
         fits = None if isinstance(config, cls.Config) else fitting_config(state, Towers)
-        named = find_config(config or fits or next(iter(sizes(cls))), cls)
-        model = cls(named if isinstance(config, cls.Config) else replace(named, caption_layers=0))
+        size = find_config(config or fits or next(iter(sizes(cls))), cls)
+        model = cls(size if isinstance(config, cls.Config) else replace(size, caption_layers=0))
         # Released weights have no captioner: its fresh parameters count as given, unless the source brings some.
         fresh = {name: value for name, value in model.state_dict().items() if name.startswith("captioner.")
                  and not any(given.startswith("captioner.") for given in state)}
@@ -523,15 +525,9 @@ class CLIPS(nn.Module):
         return model.eval()
 
 
-class Towers(CLIPS):
-    """A CLIPS without its captioner, whatever the configuration says: what released weights are compared with."""
-    def __init__(self, config):
-        super().__init__(replace(config, caption_layers=0))
-
-
 # --- reading published weights --------------------------------------------------------------------------------------
 
-DROPPED = r"(^|\.)(position_ids)$"
+DROPPED = r"(^|\.)position_ids$"
 NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
     # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
     (r"^(module\.|_orig_mod\.)+", ""),
@@ -575,7 +571,10 @@ def arrange(state):
 
 
 def find_source(source, config, cls, cache):
-    """The name of a published model -> its file, downloaded, and its name as config. All else stays what it is."""
+    """The name of a published model -> its file, downloaded, and its name as config.
+
+    A path or a state dict stays what it is; an unknown name is an error.
+    """
     if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
         import data  # not at the top: this file works without its siblings
         return data.fetch(PUBLISHED[source], cache)["source"], config or source
@@ -617,6 +616,12 @@ def fitting_config(state, cls):
         with torch.device("meta"):  # shapes without memory
             if {name: value.shape for name, value in cls(config).state_dict().items()} == shapes:
                 return name
+
+
+class Towers(CLIPS):
+    """A CLIPS without its captioner, whatever the configuration says: what released weights are compared with."""
+    def __init__(self, config):
+        super().__init__(replace(config, caption_layers=0))
 
 
 def resize_positions(state, model):
@@ -694,21 +699,21 @@ def head_start(encoder, grid):
     contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
 
 
-def hub(name, file):
-    return f"https://huggingface.co/{name}/resolve/main/{file}", None
+def hub(name, file, sha256=None):
+    return f"https://huggingface.co/{name}/resolve/main/{file}", sha256
 
 
-# name: its files (address, SHA-256, of which none is published for the weights). The vocabulary is BERT's.
-PUBLISHED = {
-    name: {"source": hub(f"UCSC-VLAA/{repository}", "open_clip_pytorch_model.bin"),
-           "vocab": ("https://huggingface.co/google/bert_uncased_L-4_H-256_A-4/resolve/main/vocab.txt",
-                     "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")}
+VOCABULARY = hub("google/bert_uncased_L-4_H-256_A-4", "vocab.txt",  # BERT's
+                 "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
+PUBLISHED = {  # name: its files (address, SHA-256, of which none is published for the weights)
+    name: {"source": hub(f"UCSC-VLAA/{repository}", "open_clip_pytorch_model.bin"), "vocab": VOCABULARY}
     for name, repository in (("vit-l-14-224", "ViT-L-14-CLIPS-224-Recap-DataComp-1B"),
                              ("vit-l-14-336", "ViT-L-14-CLIPS-Recap-DataComp-1B"),
                              ("vit-h-14-224", "ViT-H-14-CLIPS-224-Recap-DataComp-1B"))}
 
-# What train.py uses unless told otherwise. `files`: what to start from; `scratch`: what differs with --scratch, which
-# starts from nothing.
+# What train.py uses unless told otherwise. `files`: what to start from; `tokenizer`: what its vocabulary is for;
+# `image_lr`: the image tower's rate, in multiples of lr; `scratch`: what differs with --scratch, which starts from
+# nothing.
 RECIPES = {
     **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="wordpiece-clips",
                   files=files, scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))

@@ -537,6 +537,12 @@ def say(text):
         print(text, flush=True)
 
 
+@functools.lru_cache
+def say_once(text):
+    """What is found in a data set: its files are read for each split, but told of once."""
+    say(text)
+
+
 def bar_options():
     """For tqdm: on a terminal a living bar, in a log file a line now and then."""
     return {"disable": quiet(), "dynamic_ncols": True, "mininterval": 0.2 if sys.stderr.isatty() else 30}
@@ -736,20 +742,20 @@ def flickr8k(root=None):
         names = sorted(set(sources) & set(captions_of), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
         eighth = min(1000, len(names) // 8)
         lists = {"val": names[:eighth], "test": names[eighth:2 * eighth], "train": names[2 * eighth:]}
-        say("flickr8k: the official split lists are neither here nor to be had; this split by image is UNOFFICIAL, "
-            "and its figures compare with no published ones")
+        say_once("flickr8k: the official split lists are neither here nor to be had; this split by image is "
+                 "UNOFFICIAL, and its figures compare with no published ones")
     records = [Record(sources[name], captions_of[name], split) for split, names in lists.items() for name in names
                if name in sources and captions_of.get(name)]
     found = collections.Counter(r.split for r in records)
     per_image = collections.Counter(len(r.captions) for r in records)
     as_published = dict(found) == FLICKR8K_COUNTS and set(per_image) == {5}
-    say("flickr8k: " + ", ".join(f"{split} {found[split]:,}" for split in FLICKR8K_COUNTS)
-        + " images, captions an image: " + ", ".join(str(n) for n in sorted(per_image))
-        + ("" if as_published else " (the published set has 6,000 / 1,000 / 1,000 with 5 captions)"))
+    say_once("flickr8k: " + ", ".join(f"{split} {found[split]:,}" for split in FLICKR8K_COUNTS)
+             + " images, captions an image: " + ", ".join(str(n) for n in sorted(per_image))
+             + ("" if as_published else " (the published set has 6,000 / 1,000 / 1,000 with 5 captions)"))
     lost = [name for names in lists.values() for name in names if name not in sources or not captions_of.get(name)]
     if lost:
-        say(f"flickr8k: {len(lost)} listed images have no picture or no caption here and are left out: "
-            + ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else ""))
+        say_once(f"flickr8k: {len(lost)} listed images have no picture or no caption here and are left out: "
+                 + ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else ""))
     if not records:
         raise UserError(f"{home}: none of the {len(lost)} listed images is among the {len(sources)} pictures here")
     return records
@@ -786,7 +792,7 @@ def flickr8k_lists(home, texts):
             name = "Flickr8k_text.zip"
             archive = download(FLICKR8K_URL + name, Path("data/flickr8k") / name, md5=FLICKR8K[name])
         except UserError as error:
-            say(f"flickr8k: {error}")
+            say_once(f"flickr8k: {error}")
             return None
         texts = flickr8k_texts(archive.parent)
     return {split: texts[name].split() for split, name in files.items()}
@@ -850,8 +856,8 @@ def read_folder(folder):
         raise UserError(f"--data {folder}: {len(pictures)} pictures and not one caption; expected NAME.txt beside "
                         "NAME.jpg (a caption a line), or a captions.csv with columns image,caption")
     if len(with_captions) < len(pictures):
-        say(f"{folder}: {len(pictures) - len(with_captions)} of {len(pictures)} pictures have no .txt beside them "
-            "and are left out")
+        say_once(f"{folder}: {len(pictures) - len(with_captions)} of {len(pictures)} pictures have no .txt beside them "
+                 "and are left out")
     return group(rows, folder, folder)
 
 
@@ -915,7 +921,7 @@ def group(rows, folder, origin):
         record.captions.append(caption)
         record.long = record.long or (row.get("long") or "").strip() or None
     if empty:
-        say(f"{origin}: {empty} of {len(rows)} captions are empty and are left out")
+        say_once(f"{origin}: {empty} of {len(rows)} captions are empty and are left out")
     if not records:
         raise UserError(f"{origin}: no image with a caption")
     missing = [r.source for r in records.values() if not os.path.exists(r.source)]
@@ -927,9 +933,9 @@ def group(rows, folder, origin):
     for i, name in enumerate(undecided):
         records[name].split = "val" if i < tenth else "test" if i < 2 * tenth else "train"
     counts = collections.Counter(r.split for r in records.values())
-    say(f"{origin}: {len(records)} images, {sum(len(r.captions) for r in records.values())} captions; "
-        + ", ".join(f"{split} {counts[split]}" for split in ("train", "val", "test"))
-        + (f" ({len(undecided)} without a split: 80/10/10, by a hash of the name)" if undecided else ""))
+    say_once(f"{origin}: {len(records)} images, {sum(len(r.captions) for r in records.values())} captions; "
+             + ", ".join(f"{split} {counts[split]}" for split in ("train", "val", "test"))
+             + (f" ({len(undecided)} without a split: 80/10/10, by a hash of the name)" if undecided else ""))
     return list(records.values())
 
 

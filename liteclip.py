@@ -13,12 +13,12 @@ that knows English, put a small head on each, and let 6,000 captioned photograph
     loss     1/2 [ CE(rows of s, diagonal) + CE(columns of s, diagonal) ]                             CLIP, Fig. 3
 
 Shapes: B batch, S image side, C channels, h x w feature map, L text tokens (N in Attention), D width, H attention
-heads, E embedding, W processes.
+heads, E embedding, W processes, I images, T texts.
 
-What differs from CLIP: both towers (a ConvNet instead of a ViT; BERT reads in both directions and its output is
-averaged, where CLIP's text tower is causal and takes the end token) and the two heads. The loss is the same.
+How to read it: beside clip.py. New are both towers (a ConvNet instead of a ViT; BERT reads in both directions and its
+output is averaged, where CLIP's text tower is causal and takes the end token) and the two heads. The loss is the same.
 
-What the model computes is what the published one computes (tests/golden holds the values). What differs:
+It computes what the published code computes (tests/golden holds the values). What differs:
   - BERT's pooler, which nothing ever used, is left out: 39,188,577 parameters of the published 39,254,369;
   - negatives come from the whole batch of all processes (there: from one GPU's part of it);
   - data.py splits by image (the notebook splits by caption, so its validation images were trained on), and an image
@@ -50,6 +50,7 @@ class Config:
     dims: tuple = (96, 192, 384, 768)    # channels of each stage
     layer_scale: float = 1e-6            # near 0, blocks start as the identity; small fresh towers learn faster with 1
     vocab_size: int = 30522
+    pad_id: int = 0
     context_length: int = 128            # longer texts are cut here; BERT's table has more positions than that
     positions: int = 512                 # rows of BERT's table
     text_width: int = 256
@@ -91,7 +92,22 @@ class MLP(nn.Module):
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
-# --- the image tower: ConvNeXt --------------------------------------------------------------------------------------
+class PostBlock(nn.Module):
+    """A transformer block with the norms after each sum (post-LN), as in BERT."""
+    def __init__(self, width, heads, hidden, eps, dropout):
+        super().__init__()
+        self.attn = Attention(width, heads, dropout)
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, hidden)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask):
+        x = self.ln_1(x + self.dropout(self.attn(x, mask)))
+        return self.ln_2(x + self.dropout(self.mlp(x)))
+
+
+# --- the two towers -------------------------------------------------------------------------------------------------
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, h, w). On channels_last tensors, nothing is copied."""
@@ -136,41 +152,25 @@ class ImageEncoder(nn.Module):
         return self.norm(x.mean(dim=(2, 3)))  # (B, C)
 
 
-# --- the text tower: BERT -------------------------------------------------------------------------------------------
-
-class PostBlock(nn.Module):
-    """A transformer block with the norms after each sum (post-LN), as in BERT."""
-    def __init__(self, width, heads, hidden, eps, dropout):
-        super().__init__()
-        self.attn = Attention(width, heads, dropout)
-        self.ln_1 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, hidden)
-        self.ln_2 = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x, mask):
-        x = self.ln_1(x + self.dropout(self.attn(x, mask)))
-        return self.ln_2(x + self.dropout(self.mlp(x)))
-
-
 class TextEncoder(nn.Module):
-    """BERT: tokens (B, L), padded with id 0 -> (B, D), the mean over the tokens that are no padding.
+    """BERT: tokens (B, L), padded with `pad_id` -> (B, D), the mean over the tokens that are no padding.
 
     The mask follows from the ids, so padding never changes a feature: a batch need only be as long as its longest text.
     """
     def __init__(self, config):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
-        self.positional_embedding = nn.Embedding(config.positions, config.text_width)
-        self.token_type_embedding = nn.Embedding(2, config.text_width)  # BERT's "sentence A" and "B"; a caption is A
-        self.ln_embed = nn.LayerNorm(config.text_width, eps=1e-12)
+        width, self.pad_id = config.text_width, config.pad_id
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Embedding(config.positions, width)
+        self.token_type_embedding = nn.Embedding(2, width)  # BERT's "sentence A" and "B"; a caption is A
+        self.ln_embed = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([
-            PostBlock(config.text_width, config.text_heads, config.text_mlp, 1e-12, config.dropout)
+            PostBlock(width, config.text_heads, config.text_mlp, 1e-12, config.dropout)
             for _ in range(config.text_layers)])
 
     def forward(self, tokens):
-        visible = tokens != 0  # (B, L): every tokenizer of data.py that this model uses pads with 0
+        visible = tokens != self.pad_id  # (B, L)
         x = self.token_embedding(tokens) + self.positional_embedding.weight[:tokens.shape[1]]
         x = self.dropout(self.ln_embed(x + self.token_type_embedding.weight[0]))  # (B, L, D)
         for block in self.blocks:
@@ -192,7 +192,7 @@ class Head(nn.Module):
         return p + self.ln(self.dropout(F.gelu(p)))
 
 
-# --- the loss -------------------------------------------------------------------------------------------------------
+# --- over several processes, in full precision ----------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
@@ -229,6 +229,8 @@ def full_precision(x):
     """Switches autocast off on x's device: towers may run in bf16; normalising, similarities and the loss do not."""
     return torch.autocast(x.device.type, enabled=False)
 
+
+# --- the loss -------------------------------------------------------------------------------------------------------
 
 def contrastive_loss(image_features, text_features, scale):
     """The symmetric cross-entropy of CLIP over the global batch (CLIP, Fig. 3).
@@ -267,25 +269,26 @@ class LiteCLIP(nn.Module):
             self.text_encoder.token_type_embedding.weight *= 0.1
         self.img_projection = Head(config.dims[-1], config)
         self.txt_projection = Head(config.text_width, config)
-        # A cosine lies in [-1, 1]; softmax over a batch needs a larger range to be sure of anything, and how large is
-        # learned. As an exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
+        # A cosine lies in [-1, 1]; to be sure of anything, a loss needs a larger range, and how large is learned. As an
+        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The mean and spread of CLIP's own training pictures, which liteCLIP uses too, not ImageNet's.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1), persistent=False)
 
     def encode_image(self, images):
-        """uint8 pixels, or floats already normalised, (B, 3, H, W) -> features of length 1, (B, E)."""
+        """uint8 pixels, or floats already normalised, (B, 3, height, width) -> features of length 1, (B, E)."""
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+            raise ValueError(f"images must be (B, 3, height, width), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return self.normalize(self.img_projection(self.image_encoder(images)))
 
     def encode_text(self, tokens):
-        """int64 tokens from `tokenize`, (B, L) with L <= positions -> features of length 1, (B, E)."""
-        if tokens.ndim != 2 or tokens.shape[1] > self.config.positions:
-            raise ValueError(f"tokens must be (B, L) with L <= {self.config.positions}, got {tuple(tokens.shape)}")
+        """int64 tokens from `tokenize`, (B, L), L at most the number of positions -> features of length 1, (B, E)."""
+        limit = self.config.positions
+        if tokens.ndim != 2 or tokens.shape[1] > limit:
+            raise ValueError(f"tokens must be (B, L) with L <= {limit}, got {tuple(tokens.shape)}")
         return self.normalize(self.txt_projection(self.text_encoder(tokens)))
 
     def similarity(self, image_features, text_features):
@@ -296,7 +299,7 @@ class LiteCLIP(nn.Module):
     def forward(self, images, tokens):
         """images (B, 3, S, S) and their captions (B, L) -> {"loss": this process's rows against all columns}.
 
-        A dict, because other models of the family have several terms, and train.py logs what it finds.
+        A dict, because other models of the family have several terms, which their class names in `terms`.
         """
         return self.loss(**self.encode(images, tokens))
 
@@ -364,22 +367,6 @@ class LiteCLIP(nn.Module):
                                             for name, value in convnext.items()})  # torchvision's gamma is (C, 1, 1)
         load_strictly(model.text_encoder, arrange(rename(read_state(bert))))
         return model
-
-
-def init_weights(module):
-    """Fresh towers: normal weights of std inputs^-1/2, embeddings of std width^-1/2, zero biases.
-
-    Not BERT's and ConvNeXt's std of 0.02, which suits wide towers and long training. Depthwise filters start with a
-    mean of zero: they see contrast and not brightness, and a small tower learns shapes sooner.
-    """
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
-            with torch.no_grad():
-                module.weight -= module.weight.mean(dim=(2, 3), keepdim=True)
-    elif isinstance(module, nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=module.embedding_dim ** -0.5)
 
 
 # --- reading published weights --------------------------------------------------------------------------------------
@@ -510,17 +497,38 @@ def find_config(config, cls):
     return CONFIGS[config] if isinstance(config, str) else config
 
 
-# What train.py uses unless told otherwise. A fresh ConvNet learns best at twice the rate that a post-LN transformer can
-# stand: with one rate for both, one seed in three had not learned the shapes in time. `files`: what to start
-# from (address, SHA-256).
+def init_weights(module):
+    """Fresh towers: normal weights of std inputs^-1/2, embeddings of std width^-1/2, zero biases.
+
+    Not BERT's and ConvNeXt's std of 0.02, which suits wide towers and long training. Depthwise filters start with a
+    mean of zero: they see contrast and not brightness, and a small tower learns shapes sooner.
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            with torch.no_grad():
+                module.weight -= module.weight.mean(dim=(2, 3), keepdim=True)
+    elif isinstance(module, nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=module.embedding_dim ** -0.5)
+
+
+def hub(name, file, sha256=None):
+    return f"https://huggingface.co/{name}/resolve/main/{file}", sha256
+
+
+BERT_MINI = "google/bert_uncased_L-4_H-256_A-4"
+# What train.py uses unless told otherwise. `files`: what to start from; `tokenizer`: what its vocabulary is for;
+# `image_lr`: the image tower's rate, in multiples of lr; `scratch`: what differs with --scratch, which starts from
+# nothing. A fresh ConvNet learns best at twice the rate that a post-LN transformer can stand: with one rate
+# for both, one seed in three had not learned the shapes in time.
 RECIPES = {
     # 25 epochs of one caption an image see as many captions as the published five epochs of five rows an image
     "liteclip": dict(batch=64, epochs=25, lr=2e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1,
                      tokenizer="wordpiece", files={
         "imagenet": ("https://download.pytorch.org/models/convnext_tiny-983f1562.pth", "983f1562"),
-        "bert": ("https://huggingface.co/google/bert_uncased_L-4_H-256_A-4/resolve/main/pytorch_model.bin", None),
-        "vocab": ("https://huggingface.co/google/bert_uncased_L-4_H-256_A-4/resolve/main/vocab.txt",
-                  "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+        "bert": hub(BERT_MINI, "pytorch_model.bin"),
+        "vocab": hub(BERT_MINI, "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
     }),
     "small": dict(batch=64, epochs=40, lr=1e-3, image_lr=2.0, weight_decay=0.1, warmup=0.05),
     "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=2.0, weight_decay=0.05, warmup=0.1),

@@ -3,8 +3,8 @@
 Lavoie et al., "Modeling Caption Diversity in Contrastive Vision-Language Pretraining", arXiv 2405.00740 (ICML 2024).
 
 The idea: a photograph has many true captions, one about the dog, one about the weather, and a single image feature has
-to lie near all of them. Let the ViT end in K features, and let each caption weigh them into one: with that one it is
-compared.
+to lie near all of them. Let the ViT end in K features; each caption mixes them into one, by weights of its own, and is
+compared with that.
 
     image    k_in, v_in = h_in Wk_n, h_in Wv_n      from the last state h_in of mixture token n = 1..K      (B, M, K, d)
     text     q_j, t_j = e_j Wq, e_j Wt              from e_j, the end-of-text state               (B, M, d) and (B, E)
@@ -12,17 +12,18 @@ compared.
     logits   s_ij = exp(logit_scale) * z_ij/|z_ij| . t_j/|t_j| + logit_bias                                     (B, B)
     loss     sum over all pairs of -ln sigmoid(y_ij s_ij) / B,    y = 1 on the diagonal, else -1
 
-k, v and q are cut into M heads (index m) of d numbers, as in multi-head attention; tau is the temperature, and stands
-in the place of sqrt(d). In the code: Wk_n, Wv_n are k_proj[n], v_proj[n], each token's own; Wq is q_proj, Wt
-text_projection, Wo out_proj. The loss is SigLIP's: each pair is judged by itself. The image is mixed for wrong captions
-too, each time as that caption asks; if it were mixed for its own alone, the mixing would give the answer away.
+h and e are behind the towers' last norms. k, v and q are cut into M heads (index m) of d numbers, as in multi-head
+attention (in the two largest sizes after a LayerNorm each); tau is the temperature, and stands in the place of sqrt(d).
+In the code: Wk_n, Wv_n are k_proj[n], v_proj[n], each token's own; Wq is q_proj, Wt text_projection, Wo out_proj. The
+loss is SigLIP's: each pair is judged by itself. The image is mixed for wrong captions too, by their own weights; mixed
+for its right caption alone, it would give the answer away.
 
 Shapes: B batch, S image side, P patch side, N image tokens (K mixture tokens and patches), L text tokens, D width,
 H attention heads, E embedding, M mixing heads, d = E / M, K mixture tokens, I images, T texts, W processes.
 
 How to read it: beside clip.py. What is new are the mixture tokens in ImageEncoder, the query in TextEncoder, and the
-section "new in Llip"; after it, the same without building the (B, B, E) mixtures. What follows the model is for when
-you need it: published weights, sizes, recipes.
+section "new in Llip". What follows the model is for when you need it: published weights, sizes, recipes; and, last,
+the same loss without building the (B, B, E) mixtures.
 
 It computes what the published code computes (tests/golden holds the values). What differs:
   - training and `similarity` never build the mixtures, see `mixture_cosines`: the same numbers, 1.7 to 3.3 times as
@@ -38,6 +39,7 @@ It computes what the published code computes (tests/golden holds the values). Wh
     python train.py --model llip                                       # the tiny one on generated pictures: 5 minutes
     python train.py --model llip --config vit-b-16-k32 --data flickr8k # goes on from the released weights
     python llip.py runs/llip-shapes/best.pt photo.png "a red star" "a blue circle"
+    python llip.py llip/vit-b-16-k32 photo.jpg "a photo of a dog" "a photo of a cat"    # the authors', downloaded once
     python tests/claims.py llip                                        # the paper's claims, on shapes
 """
 import math
@@ -72,24 +74,12 @@ class Config:
     embed_dim: int = 512
     activation: str = "quick_gelu"
     head_start: bool = False         # for a fresh small image tower: see the function of that name
-    logit_scale: float = math.log(1 / 0.07)  # at birth; tiny begins at ln 30: it has no time to raise it so far
+    logit_scale: float = math.log(1 / 0.07)  # at birth; tiny begins at ln 30, with too few steps to climb there
     logit_bias: float = -10.0                # at birth: nearly all pairs are wrong ones
     mixture_tokens: int = 64                 # K
     mixing_heads: int = 8                    # M; each has d = embed_dim / M numbers
     temperature: float = 5.0                 # tau, divides the scores in the mixture's softmax: the larger, the flatter
-    mixing_norm: bool = False                # LayerNorm on all E numbers of a key, value or query, before the heads
-
-
-class KeysValues(NamedTuple):
-    """Images: what captions choose by, and what they get. Both (B, M, K, d)."""
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-class QueryTarget(NamedTuple):
-    """Texts: what they choose with, (B, M, d), and what the choice is compared with, (B, E) of length 1."""
-    query: torch.Tensor
-    target: torch.Tensor
+    mixing_norm: bool = False                # H, G: LayerNorm on all E numbers of a key, value or query
 
 
 def quick_gelu(x):
@@ -151,19 +141,19 @@ class ImageEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, grid = config.image_width, config.image_size // config.patch_size
-        K, self.mixing_heads = config.mixture_tokens, config.mixing_heads
+        self.K, self.mixing_heads = config.mixture_tokens, config.mixing_heads
         self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(K, width))  # the mixture tokens, by CLIP's name
-        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(K + grid ** 2, width))
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(self.K, width))  # the mixture tokens
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(self.K + grid ** 2, width))
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList([
             Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation])
             for _ in range(config.image_layers)])
         self.ln_post = nn.LayerNorm(width)
-        self.k_proj = nn.Parameter(width ** -0.5 * torch.randn(K, width, config.embed_dim))  # each token has its own
-        self.v_proj = nn.Parameter(width ** -0.5 * torch.randn(K, width, config.embed_dim))
-        self.k_norm, self.v_norm = (nn.LayerNorm(config.embed_dim) if config.mixing_norm else nn.Identity()
-                                    for _ in range(2))
+        self.k_proj = nn.Parameter(width ** -0.5 * torch.randn(self.K, width, config.embed_dim))  # for each token
+        self.v_proj = nn.Parameter(width ** -0.5 * torch.randn(self.K, width, config.embed_dim))
+        norm = nn.LayerNorm if config.mixing_norm else nn.Identity
+        self.k_norm, self.v_norm = norm(config.embed_dim), norm(config.embed_dim)
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N - K, D): a token for each patch
@@ -171,17 +161,17 @@ class ImageEncoder(nn.Module):
         x = self.ln_pre(x + self.positional_embedding)
         for block in self.blocks:
             x = block(x)
-        x = self.ln_post(x[:, :len(self.class_embedding)]).transpose(0, 1)  # (K, B, D): @ gives each token its matrix
-        keys, values = self.k_norm(x @ self.k_proj), self.v_norm(x @ self.v_proj)  # (K, B, E)
-        heads = self.mixing_heads, -1
-        return tuple(y.unflatten(2, heads).permute(1, 2, 0, 3) for y in (keys, values))  # (B, M, K, d) each
+        x = self.ln_post(x[:, :self.K])  # (B, K, D)
+        keys = self.k_norm(torch.einsum("bnw,nwe->bne", x, self.k_proj))  # (B, K, E), a matrix for each token
+        values = self.v_norm(torch.einsum("bnw,nwe->bne", x, self.v_proj))
+        return tuple(y.unflatten(2, (self.mixing_heads, -1)).transpose(1, 2) for y in (keys, values))  # (B, M, K, d)
 
 
 class TextEncoder(nn.Module):
     """A causal transformer: tokens (B, L) with `end_id` in every row -> query (B, M, d), target (B, E).
 
-    Both from the state at the first `end_id`: only there has it read the whole text. Nothing after it has any
-    influence: padding may be any id and any length.
+    Both from the state at the first `end_id`, the first to have read the whole text. What follows cannot influence it:
+    padding may be any id, any length.
     """
     def __init__(self, config):
         super().__init__()
@@ -189,8 +179,9 @@ class TextEncoder(nn.Module):
         self.end_id, self.mixing_heads = config.end_id, config.mixing_heads
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.blocks = nn.ModuleList([Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.activation])
-                                     for _ in range(layers)])
+        self.blocks = nn.ModuleList([
+            Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.activation])
+            for _ in range(layers)])
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         self.q_proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
@@ -207,7 +198,9 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, causal=True)
         ends = tokens == self.end_id
-        if tokens.device.type == "cpu" and not ends.any(dim=1).all():  # on a GPU, to ask is to wait for the answer
+        # Asked on a CPU alone: of a GPU one would have to wait for the answer. There, a row without an end gives its
+        # first state, for argmax over nothing but zeros is 0.
+        if tokens.device.type == "cpu" and not ends.any(dim=1).all():
             raise ValueError(f"a row of tokens has no end-of-text id {self.end_id}: is this the model's own tokenizer?")
         x = x[torch.arange(len(x), device=x.device), ends.int().argmax(dim=1)]  # (B, D), argmax: the first of them
         x = self.ln_final(x)
@@ -255,6 +248,18 @@ def full_precision(x):
 
 # --- new in Llip ----------------------------------------------------------------------------------------------------
 
+class KeysValues(NamedTuple):
+    """An image's mixture tokens: what captions choose by, and what they get. Both (B, M, K, d)."""
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class QueryTarget(NamedTuple):
+    """A text's query, (B, M, d), and its target, what the chosen mixture is compared with, (B, E) of length 1."""
+    query: torch.Tensor
+    target: torch.Tensor
+
+
 def mixing_weights(keys, query, temperature):
     """What each text takes from each image: keys (I, M, K, d), query (T, M, d) -> (I, M, K, T), summing to 1 over K."""
     return (torch.einsum("imnd,jmd->imnj", keys, query) / temperature).softmax(dim=2)  # no 1 / sqrt(d)
@@ -267,108 +272,27 @@ def mixtures(images, texts, out_proj, temperature):
 
 
 def plain_cosines(images, texts, out_proj, temperature):
-    """z_ij/|z_ij| . t_j with every mixture built: (I, T). The definition; what runs is `mixture_cosines`, below."""
+    """z_ij/|z_ij| . t_j with every mixture built: (I, T). The definition; what runs is mixture_cosines, at the end."""
     z = F.normalize(mixtures(images, texts, out_proj, temperature), dim=-1)
     return torch.einsum("ije,je->ij", z, texts.target)
 
 
-def sigmoid_loss(cosines, first, scale, bias):
+def sigmoid_loss(similarities, first, scale, bias):
     """A yes or no for every pair of I images and T texts: is this its caption? Summed; the caller divides by B.
 
-    cosines: (I, T); the caption of image i is text first + i. first: 0, where one process has all texts to itself.
+    similarities: (I, T); the caption of image i is text first + i. first: 0, where one process has all texts to itself.
     """
-    own = torch.arange(first, first + len(cosines), device=cosines.device)
-    y = torch.full_like(cosines, -1.0).scatter_(1, own[:, None], 1.0)
-    return -F.logsigmoid(y * (scale * cosines + bias)).sum()
-
-
-# --- the same, without building the mixtures ------------------------------------------------------------------------
-
-def mixture_cosines(keys, values, query, target, out_proj, temperature):
-    """The cosine of each image's mixture for each text with that text: (I, T). Loose tensors, as MixtureLoss has them.
-
-    keys, values: (I, M, K, d); query: (T, M, d); target: (T, E) of length 1; out_proj Wo: (E, E).
-    Write a_mn for the weight of token n in head m, Wo_m for the d rows of Wo that belong to head m. Then, for a pair,
-        z       = sum_mn a_mn v_mn Wo_m
-        z . t   = sum_mn a_mn (v_mn . Wo_m t)         costs what keys times queries cost, and
-        |z|^2   = a^T G a                             G_(mn)(pl) = v_mn Wo_m . v_pl Wo_p, of the image alone: (M K, M K)
-    which is less work while M K < E (equal in vit-b-32-k64) and there are more than a few dozen texts.
-    """
-    weights = mixing_weights(keys, query, temperature)  # (I, M, K, T)
-    heads = keys.shape[1]
-    aimed = torch.einsum("je,mde->jmd", target, out_proj.unflatten(0, (heads, -1)))  # targets, seen through each head
-    product = (weights * torch.einsum("imnd,jmd->imnj", values, aimed)).sum(dim=(1, 2))  # (I, T)
-    between = (out_proj @ out_proj.T).unflatten(0, (heads, -1)).unflatten(2, (heads, -1))  # Wo_m Wo_p^T: (M, d, M, d)
-    G = torch.einsum("imnd,mdpf,iplf->imnpl", values, between, values).flatten(3).flatten(1, 2)  # (I, M K, M K)
-    square = SquaredLength.apply(G, weights.flatten(1, 2))
-    return (product / square.clamp(min=1e-12).sqrt()).clamp(-1, 1)  # where values cancel, rounding is all that is left
-
-
-class SquaredLength(torch.autograd.Function):
-    """a^T G a for each column a of a table (I, M K, T), with symmetric G (I, M K, M K) -> (I, T).
-
-    The gradient at a is 2 G a, and the forward pass has computed G a: autograd would do this largest product again.
-    """
-    @staticmethod
-    def forward(ctx, G, a):
-        Ga = G @ a
-        ctx.save_for_backward(a, Ga)
-        return (a * Ga).sum(dim=1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        a, Ga = ctx.saved_tensors
-        return (a * grad[:, None]) @ a.transpose(1, 2), 2 * grad[:, None] * Ga
-
-
-class MixtureLoss(torch.autograd.Function):
-    """sigmoid_loss of mixture_cosines, with its gradient computed on the way, a few images at a time.
-
-    Autograd would keep the (I, M K, T) weights of all images for the backward pass. The loss is a sum over images, so
-    the gradient of one chunk can be had at once, and be all that is kept. (Recomputing each chunk in the backward pass
-    would be less code, and take twice as long.)
-    """
-    @staticmethod
-    def forward(ctx, with_grads, temperature, first, keys, values, query, target, out_proj, scale, bias):
-        shared, size = (query, target, out_proj, scale, bias), images_per_chunk(keys, query)
-        total = 0.0
-        grads = [torch.zeros_like(x) for x in (keys, values, *shared)] if with_grads else []
-        for i in range(0, len(keys), size):
-            rows = slice(i, i + size)
-            with torch.enable_grad():
-                part = [x.detach().requires_grad_(with_grads) for x in (keys[rows], values[rows], *shared)]
-                k, v, q, t, Wo, s, b = part
-                loss = sigmoid_loss(mixture_cosines(k, v, q, t, Wo, temperature), first + i, s, b) / len(keys)
-            total = total + loss.detach()
-            if with_grads:  # keys and values have a row for each image; the rest collects from all chunks
-                for grad, new in zip([grads[0][rows], grads[1][rows], *grads[2:]], torch.autograd.grad(loss, part)):
-                    grad += new
-        ctx.save_for_backward(*grads)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return None, None, None, *(grad * saved for saved in ctx.saved_tensors)
-
-
-CHUNK = {"cpu": 6 * 2 ** 20, "cuda": 2 ** 26}  # numbers in a chunk's largest tables: 24 MiB on a CPU, 256 MiB on a GPU
-
-
-def images_per_chunk(keys, query):
-    """How many images to compare at a time with all these texts."""
-    I, M, K, d = keys.shape
-    # For one image mixture_cosines holds weights (M K, T), values times Wo_m Wo_p^T (M K, E) and G (M K, M K).
-    return max(1, CHUNK.get(keys.device.type, 2 ** 24) // (M * K * (len(query) + M * d + M * K)))
+    own = torch.arange(first, first + len(similarities), device=similarities.device)
+    y = torch.full_like(similarities, -1.0).scatter_(1, own[:, None], 1.0)
+    return -F.logsigmoid(y * (scale * similarities + bias)).sum()
 
 
 def mixture_loss(image_features, text_features, out_proj, scale, bias, temperature):
-    """The loss of Llip over the global batch.
+    """sigmoid_loss(plain_cosines(...), ...) / B over the global batch, computed as the last section does: without z.
 
     image_features: KeysValues, text_features: QueryTarget, of which rows i belong together; scale: exp(logit_scale).
     Local images against the texts of all W processes; the sum over pairs is divided by B, not by the number of pairs.
-    Never negative; about 10 at the start, as a bias of -10 calls all B true pairs wrong, at a cost of 10 each.
+    Never negative; about 10 at birth, as a bias of -10 calls all B true pairs wrong, at a cost of 10 each.
     In fp32: half types lose 1e-3 to 1e-2 of a cosine.
     """
     with full_precision(out_proj):
@@ -383,9 +307,7 @@ def mixture_loss(image_features, text_features, out_proj, scale, bias, temperatu
 class Llip(nn.Module):
     """Two encoders, the matrix behind the mixing heads, and two learned numbers, logit_scale and logit_bias.
 
-    train.py needs `Config`, `example_labels` (for its closing hint), `chance_loss`, `tokenize`, `text_batch`,
-    `forward`, `encode` and `loss`; everybody else `encode_image`, `encode_text`, `similarity` and `from_pretrained`.
-    `temperature` may be changed at any time, as the published evaluation does.
+    For its methods see CLIP in clip.py. `temperature` may be changed at any time, as the published evaluation does.
     """
     Config = Config
     example_labels = "a photo of a dog", "a photo of a cat"
@@ -399,9 +321,8 @@ class Llip(nn.Module):
         self.out_proj = nn.Parameter(config.embed_dim ** -0.5 * torch.randn(config.embed_dim, config.embed_dim))
         if config.head_start:
             head_start(self.image_encoder, config.image_size // config.patch_size)
-        # A cosine lies in [-1, 1]; to be sure of anything a larger range is needed, and how large is learned. As an
-        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100. The bias begins
-        # low, as nearly all pairs are wrong ones.
+        # A cosine lies in [-1, 1]; to be sure of anything, a loss needs a larger range, and how large is learned. As an
+        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and spread of CLIP's own training pictures.
@@ -422,7 +343,7 @@ class Llip(nn.Module):
         return KeysValues(*map(upcast, self.image_encoder(images)))
 
     def encode_text(self, tokens):
-        """int64 tokens from `tokenize`, (B, L), L at most context_length -> QueryTarget, (B, M, d) and (B, E)."""
+        """int64 tokens from `tokenize`, (B, L), L at most the number of positions -> QueryTarget: (B, M, d), (B, E)."""
         limit = len(self.text_encoder.positional_embedding)
         if tokens.ndim != 2 or tokens.shape[1] > limit:
             raise ValueError(f"tokens must be (B, L) with L <= {limit}, got {tuple(tokens.shape)}")
@@ -437,11 +358,14 @@ class Llip(nn.Module):
         with full_precision(self.out_proj):
             keys, values, query, target = map(upcast, (*image_features, *text_features))
             size = images_per_chunk(keys, query)
-            return torch.cat([mixture_cosines(k, v, query, target, upcast(self.out_proj), self.temperature)
-                              for k, v in zip(keys.split(size), values.split(size))])
+            return torch.cat([mixture_cosines(images, (query, target), upcast(self.out_proj), self.temperature)
+                              for images in zip(keys.split(size), values.split(size))])
 
     def forward(self, images, tokens):
-        """images (B, 3, S, S) and their captions (B, L) -> {"loss": this process's images against all texts}."""
+        """images (B, 3, S, S) and their captions (B, L) -> {"loss": this process's images against all texts}.
+
+        A dict, because other models of the family have several terms, which their class names in `terms`.
+        """
         return self.loss(**self.encode(images, tokens))
 
     def encode(self, images, tokens):
@@ -455,7 +379,7 @@ class Llip(nn.Module):
                                      self.logit_bias, self.temperature)}
 
     def chance_loss(self, batch):
-        """The loss over pairs of a model that gives all pairs the same probability, the best one, which is 1 / B."""
+        """The sigmoid loss of a model that tells no pairs apart and gives each the best probability, which is 1 / B."""
         return math.log(batch) + (batch - 1) * math.log(batch / (batch - 1))
 
     @staticmethod
@@ -495,29 +419,19 @@ class Llip(nn.Module):
 
         source: the name of a published model, such as "vit-b-16-k32" (downloaded once, into `cache`, with its
         vocabulary), or the path of a training checkpoint of the published code, or a state dict.
-        config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's. A
-        Config with another image_size than the file's is fine: the table of positions is resized, with a warning.
+        config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's.
+        With another image_size than the file's, the table of positions is resized, with a warning.
         """
         source, config = find_source(source, config, cls, cache)
-        renamed, name = rename(read_state(source)), "image_encoder.class_embedding"
-        state = arrange(renamed)
-        if name in renamed:  # arrange flattens it to the other models' one vector; here it has a row for each token
-            state[name] = renamed[name].reshape(-1, renamed[name].shape[-1])
-        fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
-        model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
-        try:
-            load_strictly(model, resize_positions(state, model) if config else state)
-        except ValueError as error:
-            hint = f"\n  it would fit config={fits!r}" if fits else ""
-            if config is None:
-                hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
-            raise ValueError(f"{error}{hint}") from None
-        return model.eval()
+        state, name = rename(read_state(source)), "image_encoder.class_embedding"
+        if name in state:  # (K, D); one token may come as a vector
+            state[name] = state[name].reshape(-1, state[name].shape[-1])
+        return build(cls, state, config)
 
 
 # --- reading published weights --------------------------------------------------------------------------------------
 
-DROPPED = r"(^|\.)(position_ids)$"
+DROPPED = r"(^|\.)position_ids$"
 NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
     # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
     (r"^(module\.|_orig_mod\.)+", ""),
@@ -543,28 +457,11 @@ def rename(state, names=NAMES):
     return renamed
 
 
-def arrange(state):
-    """The layout of this file: queries, keys and values in one matrix; transposed matrices turned back."""
-    arranged = {}
-    for name, value in state.items():
-        if name.endswith(".T"):  # Hugging Face's projections
-            name, value = name[:-2], value.T
-        elif name.endswith("class_embedding"):  # (1, 1, D) in some files
-            value = value.flatten()
-        elif name.endswith("positional_embedding"):  # (1, N, D) in some files
-            value = value.reshape(-1, value.shape[-1])
-        elif re.search(r"\.[kv]_proj\.", name) and re.sub(r"\.[kv]_proj\.", ".q_proj.", name) in state:
-            continue  # joined to its q_proj, in the next lines
-        elif ".q_proj." in name:
-            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks: a wrong shape
-        arranged[name] = value
-    return arranged
-
-
 def find_source(source, config, cls, cache):
-    """The name of a published model -> its file, downloaded, and its name as config. All else stays what it is."""
+    """The name of a published model -> its file, downloaded, and its name as config.
+
+    A path or a state dict stays what it is; an unknown name is an error.
+    """
     if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
         import data  # not at the top: this file works without its siblings
         return data.fetch(PUBLISHED[source], cache)["source"], config or source
@@ -639,6 +536,20 @@ def load_strictly(model, state):
     model.load_state_dict(state)
 
 
+def build(cls, state, config, adapt=resize_positions):
+    """A model with these weights, adapted to this size; without one, of the size that they fit."""
+    fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
+    model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
+    try:
+        load_strictly(model, adapt(state, model) if config else state)
+    except ValueError as error:
+        hint = f"\n  it would fit config={fits!r}" if fits else ""
+        if config is None:
+            hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
+        raise ValueError(f"{error}{hint}") from None
+    return model.eval()
+
+
 # --- sizes, and how each is trained ---------------------------------------------------------------------------------
 
 LARGE = dict(patch_size=14, image_width=1024, image_layers=24, image_heads=16, image_mlp=4096, text_width=768,
@@ -698,14 +609,15 @@ PUBLISHED = {  # name: its files (address, SHA-256, of which none is published f
     name: {"source": (f"https://dl.fbaipublicfiles.com/llip/{file}.pt", None), "vocab": VOCABULARY}
     for name, file in (("vit-b-16-k32", "llip_b16_k32"), ("vit-g-14-k64", "llip_G14_k64"))}
 
-# What train.py uses unless told otherwise. `files`: what to start from; `scratch`: what differs with --scratch, which
-# starts from nothing (learning rate and weight decay are the paper's).
+# What train.py uses unless told otherwise. `files`: what to start from; `tokenizer`: what its vocabulary is for;
+# `image_lr`: the image tower's rate, in multiples of lr; `scratch`: what differs with --scratch, which starts from
+# nothing. There rate and decay are the paper's.
+SCRATCH = {name: dict(epochs=32, lr=4e-4 if config.image_width > 768 else 5e-4, weight_decay=0.2)
+           for name, config in CONFIGS.items()}
 RECIPES = {
-    **{name: dict(batch=64, epochs=32, lr=4e-4 if config.image_width > 768 else 5e-4, image_lr=1.0, weight_decay=0.2,
-                  warmup=0.1) for name, config in CONFIGS.items()},
+    **{name: dict(batch=64, image_lr=1.0, warmup=0.1, **scratch) for name, scratch in SCRATCH.items()},
     **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="clip",
-                  files=files, scratch=dict(epochs=32, lr=4e-4 if "-g-" in name else 5e-4, weight_decay=0.2))
-       for name, files in PUBLISHED.items()},
+                  files=files, scratch=SCRATCH[name]) for name, files in PUBLISHED.items()},
     "tiny": dict(batch=64, epochs=8, lr=5e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1),
 }
 
@@ -729,6 +641,72 @@ class ZeroShotPipeline:
             raise ValueError(f"predict compares labels: expected a list of two or more, got {labels!r}")
         probabilities = (self.model.logit_scale.exp() * self.cosines(image, labels)).softmax(dim=0)
         return [(labels[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:top_k]]
+
+
+# --- the same, without building the mixtures ------------------------------------------------------------------------
+
+def mixture_cosines(images, texts, out_proj, temperature):
+    """plain_cosines, to rounding: (I, T).
+
+    Write a_mn for the weight of token n in head m, Wo_m for the d rows of Wo that belong to head m. Then, for a pair,
+        z       = sum_mn a_mn v_mn Wo_m
+        z . t   = sum_mn a_mn (v_mn . Wo_m t)         costs what keys times queries cost, and
+        |z|^2   = a^T G a                             G_(mn)(pl) = v_mn Wo_m . v_pl Wo_p, of the image alone: (M K, M K)
+    which is less work while M K < E, from 32 texts on in the tiny size, from 192 in vit-l-14-k64; in vit-b-32-k64,
+    where M K = E, it saves memory alone.
+    """
+    (keys, values), (query, target) = images, texts
+    weights = mixing_weights(keys, query, temperature)  # (I, M, K, T)
+    cut = keys.shape[1], -1  # E into (M, d)
+    Wo_t = torch.einsum("je,mde->jmd", target, out_proj.unflatten(0, cut))  # Wo_m t: (T, M, d)
+    dot = (weights * torch.einsum("imnd,jmd->imnj", values, Wo_t)).sum(dim=(1, 2))  # z . t: (I, T)
+    Wo_Wo = (out_proj @ out_proj.T).unflatten(0, cut).unflatten(2, cut)  # Wo_m Wo_p^T: (M, d, M, d)
+    G = torch.einsum("imnd,mdpf,iplf->imnpl", values, Wo_Wo, values).flatten(3).flatten(1, 2)  # (I, M K, M K)
+    a = weights.flatten(1, 2)  # (I, M K, T)
+    square = (a * (G @ a)).sum(dim=1)  # |z|^2: (I, T)
+    return (dot / square.clamp(min=1e-12).sqrt()).clamp(-1, 1)  # where values nearly cancel, |z|^2 is rounding error
+
+
+class MixtureLoss(torch.autograd.Function):
+    """sigmoid_loss of mixture_cosines, with its gradient computed on the way, a few images at a time.
+
+    Autograd would keep the (I, M K, T) weights of all images for the backward pass. The loss is a sum over images, so
+    the gradient of one chunk can be had at once, and be all that is kept. (Recomputing each chunk in the backward pass
+    would be less code, and take half as long again, and more memory.)
+    """
+    @staticmethod
+    def forward(ctx, with_grads, temperature, first, keys, values, query, target, out_proj, scale, bias):
+        # In here autograd is off: with_grads says whether it was on.
+        shared = query, target, out_proj, scale, bias
+        size, total = images_per_chunk(keys, query), 0.0
+        grads = [torch.zeros_like(x) for x in (keys, values, *shared)] if with_grads else []
+        for i in range(0, len(keys), size):
+            rows = slice(i, i + size)
+            with torch.enable_grad():
+                part = [x.detach().requires_grad_(with_grads) for x in (keys[rows], values[rows], *shared)]
+                k, v, q, t, Wo, s, b = part
+                loss = sigmoid_loss(mixture_cosines((k, v), (q, t), Wo, temperature), first + i, s, b) / len(keys)
+            total = total + loss.detach()
+            if with_grads:  # keys and values have a row for each image; the rest collects from all chunks
+                for grad, new in zip([grads[0][rows], grads[1][rows], *grads[2:]], torch.autograd.grad(loss, part)):
+                    grad += new
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, None, None, *(grad * saved for saved in ctx.saved_tensors)
+
+
+CHUNK = {"cpu": 6 * 2 ** 20, "cuda": 2 ** 26}  # numbers in a chunk's largest tables: 24 MiB on a CPU, 256 MiB on a GPU
+
+
+def images_per_chunk(keys, query):
+    """How many images to compare at a time with all these texts."""
+    I, M, K, d = keys.shape
+    # For one image mixture_cosines holds weights (M K, T), values times Wo_m Wo_p^T (M K, E) and G (M K, M K).
+    return max(1, CHUNK.get(keys.device.type, 2 ** 24) // (M * K * (len(query) + M * d + M * K)))
 
 
 if __name__ == "__main__":

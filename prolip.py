@@ -4,41 +4,43 @@ Chun, Kim, Park, Yun, "Probabilistic Language-Image Pre-Training", arXiv 2410.18
 "LongProLIP", arXiv 2503.08048.
 
 The idea: "a shape" is true of a million pictures, "a large striped red star above a blue moon" of few. A point cannot
-say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how surely. Spread
-lowers all similarities of a text, so it should pay where a text fits many pictures and be avoided where it fits one.
-(In the published models it does; in the tiny one it marks what was masked: README.md has the figures.)
+say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how surely. In a batch
+a text is called right for one picture and wrong for all others, though a vague one fits many; a large variance lowers
+its similarity to all of them, so with it the model can hedge. (The published models do; in the tiny one variance marks
+what was masked: docs/claims.md has the figures.)
 
     image    mu, v = ViT(image)          [CLS] gives the mean; a second token, [UNC], gives v = ln sigma^2        (B, E)
-    text     mu, v = Transformer(text)   the same, but that v is computed from the mean: see TextEncoder          (B, E)
-    CSD      d_ij = mu_i . mu_j - 1/2 sum_e (sigma_ie^2 + sigma_je^2)     with means of length 1                  (B, B)
+    text     nu, w = Transformer(text)   the same, but that w is computed from nu: see TextEncoder               (B, E)
+    CSD      d_ij = mu_i . nu_j - 1/2 sum_e (exp v_ie + exp w_je)         with means of length 1                  (B, B)
     loss     sum over all pairs of -ln sigmoid(y_ij (s d_ij + b)) / B,    y = 1 on the diagonal, else -1          (PPCL)
              + alpha_1 inclusion(image in its text)
              + alpha_2 inclusion(original in its masked copy), for images and for texts
              + beta KL to N(0, 1), for images and for texts                                                        (VIB)
+    inclusion(p in q) = mean over dimensions of -ln sigmoid(c (T(p, q) - T(q, p))),    T(p, q) = ln integral of p^2 q
 
-s = exp(logit_scale), b = logit_bias. CSD: closed-form sampled distance (here a similarity: larger is nearer), PPCL:
-probabilistic pairwise contrastive loss, VIB: variational information bottleneck. Inclusion: p1 lies in p2 where the
-integral of p1^2 p2 is larger than that of p1 p2^2; for Gaussians, where p2 is the wider. A caption leaves much open, so
+s = exp(logit_scale), b = logit_bias. CSD: closed-form sampled distance (1 - E|x_i - y_j|^2 / 2 for samples x_i, y_j: a
+similarity here, larger is nearer), PPCL: probabilistic pairwise contrastive loss, VIB: variational information
+bottleneck. T(p, q) > T(q, p), in each dimension, where q is the wider: then p lies in q. A caption leaves much open, so
 its picture should lie in it; an input with parts masked could have been many things, so the original should lie in it.
 
 Shapes: B batch, S image side, P patch side, N image tokens ([CLS], [UNC], patches), L text tokens, D width,
-H attention heads, E embedding, W processes.
+H attention heads, E embedding, K kept patches, W processes, I images, T texts.
 
 How to read it: beside clip.py. Attention, MLP and Block are the same; the encoders have one more token and one more
-output; the losses are the paper. What follows the model is for when you need it: published weights, sizes, recipes.
+output; the losses are the paper. What follows the model is for when you need it: published weights, sizes, recipes,
+re-weighted prompts.
 
-It computes what the published code computes (tests/golden holds the values). What in that is not as the paper or the
-mathematics would have it:
-  - the inclusion test has twice the prefactor: see inclusion_test. With the published eps of -20 the means weigh
-    nothing in it, and its loss compares variances alone;
+It computes what the published code computes (tests/golden holds the values). Kept as published, though the paper or the
+mathematics would have it otherwise:
+  - the inclusion test has twice the prefactor: see inclusion_test. With the published eps of -20 the means weigh next
+    to nothing in it, and its loss compares variances alone;
   - the KL has v / 2 where a Gaussian's has v: see vib;
-  - masked texts lose 75 % of their words, as in the paper, but masked images only 25 % of their patches;
-  - on W processes its ring exchange adds the terms other than PPCL W times, asks for images to lie in the texts of
-    others too, and compares masked texts with the originals of others.
-Where this file departs from the published code:
-  - every term means on W processes what it means on one;
-  - which samples are masked, and how, is drawn for each sample by itself (there: one set of patches, for the first
-    eighth of the batch), so that a batch stays the same however it is split;
+  - masked texts lose 75 % of their words, as in the paper, but masked images only 25 % of their patches.
+What differs:
+  - every term means on W processes what it means on one (there, a ring exchange adds all terms but PPCL W times, and
+    pairs images and masked texts with other samples' texts);
+  - which samples are masked, and how, is drawn for each sample by itself (there: the first eighth of the batch, all
+    with one set of patches), so that a batch stays the same however it is split;
   - log-variances are kept within +-30, far from all that they take (there: a term that explodes is dropped);
   - training: AdamW's second beta is .98 (there .95), and a batch is what your machine holds (there 16,384); the tiny
     size begins with `head_start`.
@@ -80,31 +82,20 @@ class Config:
     text_layers: int = 12
     text_heads: int = 12
     text_mlp: int = 3072
-    text_eps: float = 1e-6           # of the text tower's norms; the image tower's have 1e-5
     embed_dim: int = 768
     activation: str = "gelu"
+    text_eps: float = 1e-6           # of the text tower's norms; the image tower's have 1e-5
     head_start: bool = False         # for a fresh small image tower: see the function of that name
-    logit_bias: float = -10.0        # at birth
+    logit_bias: float = -10.0        # at birth: nearly all pairs are wrong ones
     log_var: float = -10.0           # at birth, in each dimension
-    image_in_text: float = 1e-7      # the weights of the loss: alpha_1,
-    original_in_masked: float = 1e-3  # alpha_2,
-    vib: float = 1e-4                # and beta
+    image_in_text: float = 1e-7      # alpha_1, the weight of "image in its text"
+    original_in_masked: float = 1e-3  # alpha_2, of "original in its masked copy"
+    vib: float = 1e-4                # beta, of the KL
     inclusion_eps: float = -20.0
     inclusion_scale: float = 1000.0
     masked_share: float = 0.125      # of the samples of a batch
     mask_text: float = 0.75          # share of the words masked
     keep_patches: float = 0.75       # share of the patches kept
-
-
-class Gaussian(NamedTuple):
-    """Images or texts as Gaussians with diagonal covariance: mean and log_var = ln sigma^2, both (B, E)."""
-    mean: torch.Tensor
-    log_var: torch.Tensor
-
-    @property
-    def uncertainty(self):
-        """The sum of the variances, (B,): how vague an image or a text is."""
-        return upcast(self.log_var).exp().sum(dim=-1)
 
 
 def quick_gelu(x):
@@ -202,7 +193,7 @@ class TextEncoder(nn.Module):
     """A transformer without any mask: tokens (B, L), all of one length -> mean, log_var (B, E) each.
 
     [UNC] and [CLS] follow the text. What the published code does, and its paper does not say: log_var is computed from
-    the mean, before that is brought to length 1. [UNC] has an effect by being attended to, its own state is not used.
+    the mean before normalisation. [UNC] has an effect by being attended to, its own state is not used.
     And padding is seen like words: a text must be filled to context_length, with pad_id.
     """
     def __init__(self, config):
@@ -234,7 +225,7 @@ class TextEncoder(nn.Module):
         x = x + self.positional_embedding  # (B, L + 2, D)
         for block in self.blocks:
             x = block(x)
-        mean = self.text_projection(self.ln_final(x[:, -1]))
+        mean = self.text_projection(self.ln_final(x[:, -1]))  # [CLS] is last
         return mean, variance_head(self.text_uncertainty_projection, mean)
 
 
@@ -244,7 +235,7 @@ def variance_head(head, x):
         return F.linear(upcast(x), upcast(head.weight), upcast(head.bias)).clamp(-30, 30)
 
 
-# --- the losses -----------------------------------------------------------------------------------------------------
+# --- over several processes, in full precision ----------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
@@ -282,30 +273,50 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def mean_of_all(values, weight):
-    """The mean over all processes of values (n,), each counted `weight` times, bool or int (n,): this one's share.
+def mean_of_all(values, counted):
+    """This process's share of the mean over all processes of values, where counted, bool of the same shape, is true.
 
-    DDP averages the shares of W processes, so a share is the sum here, times W, over the weight of all processes. n may
-    differ among them.
+    DDP averages the shares of W processes: a share is the sum here, times W, over how many all of them count.
     """
-    total, processes = weight.sum(), 1
+    total, processes = counted.sum(), 1
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
         processes = dist.get_world_size()
-    return (values * weight).sum() * processes / total.clamp(min=1)
+    return (values * counted).sum() * processes / total.clamp(min=1)
 
 
 # --- new in ProLIP: how near two Gaussians are, and whether one lies in the other ------------------------------------
+
+class Gaussian(NamedTuple):
+    """Images or texts as Gaussians with diagonal covariance: mean and log_var = ln sigma^2, both (B, E)."""
+    mean: torch.Tensor
+    log_var: torch.Tensor
+
+    @property
+    def uncertainty(self):
+        """The sum of the variances, (B,): how vague an image or a text is."""
+        return upcast(self.log_var).exp().sum(dim=-1)
+
 
 def csd(one, other):
     """Gaussians (I, E) and (T, E) -> their similarity (I, T): cosine of the means, less half the sum of all variances.
 
     The closed form of a sampled distance: for x and y drawn from the two, and means of length 1,
     E|x - y|^2 = 2 - 2 mu_x . mu_y + sum_e (sigma_x^2 + sigma_y^2). The variances are summed for each Gaussian before
-    they meet, so nothing is larger than the table.
+    they meet: no tensor of (I, T, E) is made.
     """
     with full_precision(one.mean):
         return upcast(one.mean) @ upcast(other.mean).T - (one.uncertainty[:, None] + other.uncertainty) / 2
+
+
+def sigmoid_loss(similarities, first, scale, bias):
+    """A yes or no for every pair of I images and T texts: is this its caption? Summed; the caller divides by B.
+
+    similarities: (I, T); the caption of image i is text first + i. first: 0, where one process has all texts to itself.
+    """
+    own = torch.arange(first, first + len(similarities), device=similarities.device)
+    y = torch.full_like(similarities, -1.0).scatter_(1, own[:, None], 1.0)
+    return -F.logsigmoid(y * (scale * similarities + bias)).sum()
 
 
 def pairwise_loss(image_features, text_features, scale, bias):
@@ -318,14 +329,9 @@ def pairwise_loss(image_features, text_features, scale, bias):
     pairs wrong, at a cost of 10 each.
     """
     with full_precision(image_features.mean):
-        # of the texts of other processes no more is needed than their means and the sums of their variances
-        means, variances = gather(upcast(text_features.mean)), gather(text_features.uncertainty)  # (W B, E), (W B,)
-        spread = (image_features.uncertainty[:, None] + variances) / 2
-        logits = scale * (upcast(image_features.mean) @ means.T - spread) + bias  # (B, W B)
-        first = dist.get_rank() * len(logits) if dist.is_initialized() else 0  # where our columns begin
-        own = torch.arange(first, first + len(logits), device=logits.device)
-        y = torch.full_like(logits, -1.0).scatter_(1, own[:, None], 1.0)
-        return -F.logsigmoid(y * logits).sum() / len(logits)
+        similarities = csd(image_features, Gaussian(*(gather(upcast(x)) for x in text_features)))  # (B, W B)
+        first = dist.get_rank() * len(similarities) if dist.is_initialized() else 0  # where our columns begin
+        return sigmoid_loss(similarities, first, scale, bias) / len(similarities)
 
 
 def inclusion_test(first, second, eps=0.0):
@@ -335,11 +341,12 @@ def inclusion_test(first, second, eps=0.0):
     positive where `second` is the wider, at any eps and wherever the means lie: they change only by how much.
     eps: 0 to ask a trained model, as in the published evaluation; -20 in training.
 
-    The integral has three factors; their logarithms are -v1 - v2 / 2, which p1 and p2 begin with; -1/2 ln a, where
-    a = 1 / sigma1^2 + 1 / (2 sigma2^2); and -(mu1 - mu2)^2 / (sigma1^2 + 2 sigma2^2). The published code has twice the
-    first, as if v were ln sigma, and the released weights were trained with it. `eps` is theirs, too: it scales every
-    1 / sigma^2 by exp(eps), so that at -20 the means weigh nothing. They form quotients of sums of exp(-v), which
-    overflow for narrow Gaussians; what stands here is the same, rearranged.
+    The integral has three factors; their logarithms are -v1 - v2 / 2, from the normalising constants (the prefactor);
+    -1/2 ln a, where a = 1 / sigma1^2 + 1 / (2 sigma2^2); and -(mu1 - mu2)^2 / (sigma1^2 + 2 sigma2^2). The published
+    code has twice the first, as if v were ln sigma, and the released weights were trained with it. Its eps multiplies
+    every 1 / sigma^2 by exp(eps). In the difference of the two tests that remains at the means alone, which at -20
+    weigh next to nothing. Written with exp(eps - v), as published, fp32 underflows at LongProLIP's eps of -100; what
+    stands here is the same, rearranged.
     """
     (mu1, v1), (mu2, v2) = first, second
     log_a = torch.logaddexp(-v1, -v2 - math.log(2)) + eps
@@ -358,8 +365,9 @@ def inclusion_loss(first, second, eps=-20.0, scale=1000.0):
 
 
 def vib(features):
-    """KL from a standard normal, which keeps variances from vanishing; Gaussian (B, E) -> the average over all, ().
+    """KL to a standard normal, averaged over rows and dimensions: Gaussian (B, E) -> ().
 
+    Means of length 1 add a constant; what it does is to keep variances from vanishing.
     With v / 2, that is ln sigma, where the KL of a Gaussian has v = ln sigma^2: so the published code has it.
     """
     with full_precision(features.mean):
@@ -372,9 +380,7 @@ def vib(features):
 class ProLIP(nn.Module):
     """Two encoders of Gaussians, and two learned numbers, logit_scale and logit_bias.
 
-    train.py needs `Config`, `terms` (what forward returns beside the loss, for its log), `example_labels`,
-    `chance_loss`, `tokenize`, `text_batch`, `forward`, `encode`, `loss` and `classify`; everybody else `encode_image`,
-    `encode_text`, `similarity` and `from_pretrained`.
+    For its methods see CLIP in clip.py. New: `classify`, by which train.py tells classes apart, and `terms`, its log's.
     """
     Config = Config
     terms = "ppcl", "image_in_text", "image_in_masked", "text_in_masked", "vib"
@@ -387,9 +393,8 @@ class ProLIP(nn.Module):
         self.text_encoder = TextEncoder(config)
         if config.head_start:
             head_start(self.image_encoder, config.image_size // config.patch_size)
-        # A cosine lies in [-1, 1]; to be sure of anything a larger range is needed, and how large is learned. As an
-        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100. The bias begins
-        # low, as nearly all pairs are wrong ones.
+        # A cosine lies in [-1, 1]; to be sure of anything, a loss needs a larger range, and how large is learned. As an
+        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and spread of CLIP's own training pictures.
@@ -411,10 +416,9 @@ class ProLIP(nn.Module):
 
     def encode_text(self, tokens):
         """int64 tokens from `tokenize`, (B, context_length) -> Gaussian (B, E)."""
-        length = len(self.text_encoder.positional_embedding) - 2
-        if tokens.ndim != 2 or tokens.shape[1] != length:
-            raise ValueError(f"tokens must be (B, {length}), each row filled with {self.config.pad_id}, "
-                             f"got {tuple(tokens.shape)}")
+        limit = len(self.text_encoder.positional_embedding) - 2
+        if tokens.ndim != 2 or tokens.shape[1] != limit:
+            raise ValueError(f"tokens must be (B, {limit}), as tokenize makes them, got {tuple(tokens.shape)}")
         mean, log_var = self.text_encoder(tokens)
         return Gaussian(self.normalize(mean), log_var)
 
@@ -426,7 +430,7 @@ class ProLIP(nn.Module):
         return csd(image_features, text_features)
 
     def classify(self, image_features, text_features):
-        """Gaussians (I, E), (T, E) -> cosines of the means (I, T), in fp32: means alone, as published for classes."""
+        """Gaussians (I, E), (T, E) -> products of the means (I, T), in fp32: means alone, as published for classes."""
         with full_precision(image_features.mean):
             return upcast(image_features.mean) @ upcast(text_features.mean).T
 
@@ -440,19 +444,15 @@ class ProLIP(nn.Module):
     def encode(self, images, tokens, masked=None, masked_tokens=None, kept_patches=None):
         """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
         samples at a time, and `loss` for all. How far an original lies outside its masked copy concerns no other
-        sample, and is worked out here.
+        sample, and is worked out here (a row for each masked sample).
         """
-        config = self.config
         features = {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
         if masked is not None:
             rows = masked.nonzero()[:, 0]
             rows = rows if len(rows) else rows.new_zeros(1)  # one that will not count: attention needs a batch
-            copies = {"image": self.encode_image(images[rows], kept_patches[rows]),
-                      "text": self.encode_text(masked_tokens[rows])}
-            for kind, copy in copies.items():
-                original = Gaussian(*(x[rows] for x in features[f"{kind}_features"]))
-                features[f"{kind}_in_masked"] = inclusion_loss(original, copy, config.inclusion_eps,
-                                                               config.inclusion_scale)
+            image, text = (Gaussian(*(x[rows] for x in originals)) for originals in features.values())
+            features["image_in_masked"] = self.inclusion(image, self.encode_image(images[rows], kept_patches[rows]))
+            features["text_in_masked"] = self.inclusion(text, self.encode_text(masked_tokens[rows]))
             features["counted"] = masked[rows]
         return features
 
@@ -460,16 +460,19 @@ class ProLIP(nn.Module):
         config = self.config
         terms = {
             "ppcl": pairwise_loss(image_features, text_features, self.logit_scale.exp(), self.logit_bias),
-            "image_in_text": config.image_in_text * inclusion_loss(
-                image_features, text_features, config.inclusion_eps, config.inclusion_scale).mean(),
+            "image_in_text": config.image_in_text * self.inclusion(image_features, text_features).mean(),
             "vib": config.vib * (vib(image_features) + vib(text_features))}
         if counted is not None:
             for name, losses in (("image_in_masked", image_in_masked), ("text_in_masked", text_in_masked)):
                 terms[name] = config.original_in_masked * mean_of_all(losses, counted)
         return {"loss": sum(terms.values()), **terms}
 
+    def inclusion(self, first, second):
+        """How far each of the first Gaussians lies outside its counterpart, (B, E) twice -> (B,)."""
+        return inclusion_loss(first, second, self.config.inclusion_eps, self.config.inclusion_scale)
+
     def chance_loss(self, batch):
-        """The loss over pairs of a model that gives all pairs the same probability, the best one, which is 1 / B."""
+        """The sigmoid loss of a model that tells no pairs apart and gives each the best probability, which is 1 / B."""
         return math.log(batch) + (batch - 1) * math.log(batch / (batch - 1))
 
     @staticmethod
@@ -489,9 +492,9 @@ class ProLIP(nn.Module):
         cut = sum(len(p) > room for p in pieces)
         if cut:
             warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
-        tokens = torch.full((len(texts), self.config.context_length), tokenizer.pad_id)
-        for i, p in enumerate(pieces):
-            row = [*start, *p[:room], tokenizer.end_id]
+        rows = [[*start, *p[:room], tokenizer.end_id] for p in pieces]
+        tokens = torch.full((len(rows), self.config.context_length), tokenizer.pad_id)
+        for i, row in enumerate(rows):
             tokens[i, :len(row)] = torch.tensor(row)
         return tokens
 
@@ -509,7 +512,7 @@ class ProLIP(nn.Module):
         masked_tokens = tokens.clone()
         for i in masked.nonzero()[:, 0].tolist():
             hide = torch.tensor([rngs[i].random() < config.mask_text for _ in range(tokens.shape[1])])
-            words = (tokens[i] != config.pad_id) & (tokens[i] != config.end_id)  # and a start, where there is one
+            words = (tokens[i] != config.pad_id) & (tokens[i] != config.end_id)  # a start token counts as a word
             masked_tokens[i, hide & words] = config.mask_id
             kept[i] = torch.tensor(sorted(rngs[i].sample(range(patches), kept.shape[1])))
         return {"tokens": tokens, "masked": masked, "masked_tokens": masked_tokens, "kept_patches": kept}
@@ -530,66 +533,19 @@ class ProLIP(nn.Module):
         source, config = find_source(source, config, cls, cache)
         folder = source if not isinstance(source, dict) and os.path.isdir(source) else None
         state = arrange(rename(read_state(os.path.join(folder, "model.safetensors") if folder else source)))
-        fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
-        if folder and not (config or fits):
+        if folder and config is None and fitting_config(state, cls) is None:
             config = read_config(os.path.join(folder, "config.json"))
-        model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
-        try:
-            load_strictly(model, stretch_texts(resize_positions(state, model), model) if config else state)
-        except ValueError as error:
-            hint = f"\n  it would fit config={fits!r}" if fits else ""
-            if config is None:
-                hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
-            raise ValueError(f"{error}{hint}") from None
-        return model.eval()
-
-
-# --- prompts, weighted by what they say of a class's pictures ---------------------------------------------------------
-
-def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps=10, floor=0.02, generator=None):
-    """Bayesian prompt re-weighting (the paper's BPRW): which of a class's prompts describe its pictures?
-
-    image_features: Gaussian (I, E), some pictures of the class, or those nearest to it;
-    prompt_features: Gaussian (P, E), its prompts.
-    -> weights (P,), with a sum of 1: those of a mixture of the prompts' Gaussians (with `floor` more variance) that is
-    fitted to `draws` samples of each picture, in `steps` of expectation and maximisation. Narrow prompts are preferred
-    beforehand: a Dirichlet prior of alpha P counts, shared out as 1 / mean variance.
-    The paper's Algorithm 1 (appendix A.8). alpha and floor are those published for a few labelled pictures (alpha is 5
-    for nearest ones); how the prior counts, and the numbers of draws and steps, are our reading.
-    """
-    with torch.no_grad(), full_precision(image_features.mean):
-        (mean, log_var), (mu, v) = (Gaussian(*map(upcast, x)) for x in (image_features, prompt_features))
-        noise = torch.randn(draws, *mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
-        samples = (mean + noise * (log_var / 2).exp()).flatten(0, 1)  # (draws I, E)
-        variance = v.exp() + floor  # (P, E)
-        # ln N(x; mu, variance) for all samples and prompts, as products of matrices: (x - mu)^2 = x^2 - 2 x mu + mu^2
-        square = samples ** 2 @ (1 / variance).T - 2 * samples @ (mu / variance).T + (mu ** 2 / variance).sum(dim=1)
-        likelihood = -(square + variance.log().sum(dim=1)) / 2  # (draws I, P)
-        prior = 1 / v.exp().mean(dim=1)
-        prior = prior / prior.sum()
-        weights = prior
-        for _ in range(steps):
-            responsibility = (likelihood + weights.log()).softmax(dim=1)
-            counts = responsibility.sum(dim=0) + alpha * len(mu) * prior
-            weights = counts / counts.sum()
-        return weights
-
-
-def mix(features, weights):
-    """Gaussian (P, E) and weights (P,) -> Gaussian (1, E): a class made of its prompts (the mean not of length 1)."""
-    with full_precision(weights):
-        mean, log_var = map(upcast, features)
-        return Gaussian((weights @ mean)[None], (weights ** 2 @ log_var.exp()).log()[None])
+        return build(cls, state, config, lambda state, model: stretch_texts(resize_positions(state, model), model))
 
 
 # --- reading published weights --------------------------------------------------------------------------------------
 
-DROPPED = r"(^|\.)(position_ids)$"
+DROPPED = r"(^|\.)position_ids$"
 NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
     # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
     (r"^(module\.|_orig_mod\.)+", ""),
-    (r"^visual\.", "image_encoder."), (r"^text\.", "text_encoder."), (r"\btransformer\.resblocks\.", "blocks."),
-    (r"\.in_proj_", ".in_proj."), (r"\bcls_emb$", "class_embedding"), (r"\bunc_emb$", "unc_embedding"),
+    (r"^visual\.", "image_encoder."), (r"\btransformer\.resblocks\.", "blocks."), (r"\.in_proj_", ".in_proj."),
+    (r"^text\.", "text_encoder."), (r"\bcls_emb$", "class_embedding"), (r"\bunc_emb$", "unc_embedding"),
 ]
 
 
@@ -628,7 +584,10 @@ def arrange(state):
 
 
 def find_source(source, config, cls, cache):
-    """The name of a published model -> its file, downloaded, and its name as config. All else stays what it is."""
+    """The name of a published model -> its file, downloaded, and its name as config.
+
+    A path or a state dict stays what it is; an unknown name is an error.
+    """
     if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
         import data  # not at the top: this file works without its siblings
         return data.fetch(PUBLISHED[source], cache)["source"], config or source
@@ -742,6 +701,20 @@ def load_strictly(model, state):
     model.load_state_dict(state)
 
 
+def build(cls, state, config, adapt=resize_positions):
+    """A model with these weights, adapted to this size; without one, of the size that they fit."""
+    fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
+    model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
+    try:
+        load_strictly(model, adapt(state, model) if config else state)
+    except ValueError as error:
+        hint = f"\n  it would fit config={fits!r}" if fits else ""
+        if config is None:
+            hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
+        raise ValueError(f"{error}{hint}") from None
+    return model.eval()
+
+
 # --- sizes, and how each is trained ---------------------------------------------------------------------------------
 
 CLIP_TOKENS = dict(pad_id=0, end_id=49407)  # its vocabulary has no mask: 32000 is an ordinary piece there, as published
@@ -796,8 +769,8 @@ def head_start(encoder, grid):
     contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
 
 
-def hub(name, file):
-    return f"https://huggingface.co/{name}/resolve/main/{file}", None
+def hub(name, file, sha256=None):
+    return f"https://huggingface.co/{name}/resolve/main/{file}", sha256
 
 
 SIGLIP, SO400M = "timm/ViT-B-16-SigLIP", "timm/ViT-SO400M-14-SigLIP"
@@ -812,8 +785,9 @@ PUBLISHED = {  # name: its files (address, SHA-256, of which none is known here 
         ("vit-so400m-14", "ProLIP-ViT-SO400M-14-FT-DC-1B-1_28B", hub(SO400M, "tokenizer.json")),
         ("vit-h-14", "ProLIP-ViT-H-14-FT-DC-1B-1_28B", VOCABULARY))}
 
-# What train.py uses unless told otherwise. `files`: what to start from; `scratch`: what differs with --scratch, which
-# starts from nothing (learning rate and weight decay are the paper's for B/16).
+# What train.py uses unless told otherwise. `files`: what to start from; `tokenizer`: what its vocabulary is for;
+# `image_lr`: the image tower's rate, in multiples of lr; `scratch`: what differs with --scratch, which starts from
+# nothing. There rate and decay are the paper's for B/16.
 RECIPES = {
     **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1,
                   tokenizer="clip" if name == "vit-h-14" else "unigram", files=files,
@@ -845,6 +819,44 @@ class ZeroShotPipeline:
             raise ValueError(f"predict compares labels: expected a list of two or more, got {labels!r}")
         probabilities = (self.model.logit_scale.exp() * self.cosines(image, labels)).softmax(dim=0)
         return [(labels[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:top_k]]
+
+
+# --- prompts, weighted by what they say of a class's pictures -------------------------------------------------------
+
+def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps=10, floor=0.02, generator=None):
+    """Bayesian prompt re-weighting (the paper's BPRW): which of a class's prompts describe its pictures?
+
+    image_features: Gaussian (I, E), some pictures of the class, or those nearest to it;
+    prompt_features: Gaussian (J, E), its prompts.
+    -> weights (J,), with a sum of 1: those of a mixture of the prompts' Gaussians (with `floor` more variance) that is
+    fitted to `draws` samples of each picture, in `steps` of expectation and maximisation. Narrow prompts are preferred
+    beforehand: a Dirichlet prior of alpha J counts, shared out as 1 / mean variance.
+    The paper's Algorithm 1 (appendix A.8). alpha and floor are those published for a few labelled pictures (alpha is 5
+    for nearest ones); how the prior counts, and the numbers of draws and steps, are our reading.
+    """
+    with torch.no_grad(), full_precision(image_features.mean):
+        (mean, log_var), (mu, v) = (Gaussian(*map(upcast, x)) for x in (image_features, prompt_features))
+        noise = torch.randn(draws, *mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+        samples = (mean + noise * (log_var / 2).exp()).flatten(0, 1)  # (draws I, E)
+        variance = v.exp() + floor  # (J, E)
+        # ln N(x; mu, variance) for all samples and prompts, as products of matrices: (x - mu)^2 = x^2 - 2 x mu + mu^2
+        square = samples ** 2 @ (1 / variance).T - 2 * samples @ (mu / variance).T + (mu ** 2 / variance).sum(dim=1)
+        likelihood = -(square + variance.log().sum(dim=1)) / 2  # (draws I, J)
+        prior = 1 / v.exp().mean(dim=1)
+        prior = prior / prior.sum()
+        weights = prior
+        for _ in range(steps):
+            responsibility = (likelihood + weights.log()).softmax(dim=1)
+            counts = responsibility.sum(dim=0) + alpha * len(mu) * prior
+            weights = counts / counts.sum()
+        return weights
+
+
+def mix(features, weights):
+    """Gaussian (J, E) and weights (J,) -> Gaussian (1, E): a class made of its prompts (the mean not of length 1)."""
+    with full_precision(weights):
+        mean, log_var = map(upcast, features)
+        return Gaussian((weights @ mean)[None], (weights ** 2 @ log_var.exp()).log()[None])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import itertools
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -840,7 +841,8 @@ def train(args):
                     keep("last.pt")
                 if stop and step < steps:
                     if rank() == 0:
-                        say(f"stopped after step {step} of {steps}; go on with: python train.py --resume {folder}")
+                        say(f"stopped after step {step} of {steps}; go on with: python train.py "
+                            f"--resume {shlex.quote(str(folder))}")
                     network = losses = None  # see the end of this function
                     sys.exit(128 + (interrupt.signal or signal.SIGTERM))
     first = rank() == 0  # asked now: without a process group every process is the first
@@ -859,10 +861,10 @@ def finish(args, folder, minutes):
     row = test(args, folder / "best.pt", pick_device(), minutes)
     labels = {"shapes": ("a red star", "a blue circle"), "shapes-ko": ("빨간색 별", "파란색 원")}.get(
         args.data, MODELS[args.model].example_labels)
-    use = f"python {home(MODELS[args.model]).__name__}.py {folder}/best.pt PICTURE"
+    best = shlex.quote(f"{folder}/best.pt")
     say(f"\n{row}\n\npicture:  {folder}/retrieval.png\n"
-        f'use it:   {use} "{labels[0]}" "{labels[1]}"\n'
-        f"again:    python train.py --eval {folder}/best.pt")
+        f'use it:   python {home(MODELS[args.model]).__name__}.py {best} PICTURE "{labels[0]}" "{labels[1]}"\n'
+        f"again:    python train.py --eval {best}")
 
 
 def load_split(args, config, name):

@@ -26,10 +26,11 @@ import train  # noqa: E402
 
 
 def trained(model, seed, variant="", flags=(), **changes):
-    """-> model, tokenizer of a tiny model trained on shapes, with these changes to its configuration."""
+    """-> model, tokenizer of a tiny model trained on shapes, or as the flags say, with these changes to its configuration."""
     home, folder = train.home(train.MODELS[model]), Path("runs/claims") / f"{model}{variant}-{seed}"
-    name = f"tiny{variant}"
-    home.CONFIGS[name], home.RECIPES[name] = replace(home.CONFIGS["tiny"], **changes), home.RECIPES["tiny"]
+    tiny = "koclip-tiny" if model == "koclip" else "tiny"
+    name = tiny + variant
+    home.CONFIGS[name], home.RECIPES[name] = replace(home.CONFIGS[tiny], **changes), home.RECIPES[tiny]
     if not (folder / "done").exists():
         start = ["--resume", str(folder)] if (folder / "last.pt").exists() else \
             ["--model", model, "--config", name, "--data", "shapes", "--seed", str(seed), "--out", str(folder), *flags]
@@ -115,11 +116,11 @@ def prolip_claims(seeds, out, scenes=500):
         note("text: % of ladders wholly in order (chance 4.2)", 100 * (np.diff(uncertainty) < 0).all(axis=1).mean())
         note("text: % of rungs 2 to 4 in order (chance 16.7)",
              100 * (np.diff(uncertainty[:, 1:]) < 0).all(axis=1).mean())
-        note("text: Spearman's rho of rung and uncertainty (-1: in order)", spearman(range(4), uncertainty).mean())
+        note("text: Spearman's rho of generality and uncertainty (1: in order)", spearman((3, 2, 1, 0), uncertainty).mean())
         captions = [caption for sample in split.samples for caption in sample.captions]
         spread = encode_texts(model, tokenizer, captions).uncertainty.numpy()
-        note("text: rho of a caption's number of words and uncertainty (-1: in order)",
-             spearman([len(caption.split()) for caption in captions], spread))
+        note("text: rho of a caption's shortness and uncertainty (1: in order)",
+             spearman([-len(caption.split()) for caption in captions], spread))
         tokens = model.tokenize([ladder[3] for ladder in ladders], tokenizer)
         words = (tokens != model.config.pad_id) & (tokens != model.config.end_id)
         draws = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0))
@@ -359,7 +360,7 @@ class WebAlone(clips.CLIPS):
     """The web's caption in the place of the synthetic one's part, too."""
     def text_batch(self, samples, rngs, tokenizer):
         batch = super().text_batch(samples, rngs, tokenizer)
-        return batch | {"sub_tokens": batch["tokens"]}
+        return batch | {"sub_tokens": batch["web_tokens"]}
 
 
 WebAlone.__module__ = "clips"  # whose sizes and recipes it has

@@ -3,5 +3,14 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # test processes share the cores: waiting threads should not spin
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402, found by the line above
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    data.say_once.cache_clear()

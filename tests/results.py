@@ -68,7 +68,7 @@ def read_log(path):
 
 
 def draw_curves(path, logs):
-    """Validation figures after each epoch: a line for each run, a colour for each model. logs: "clip-0" -> its rows."""
+    """Validation figures after each epoch: each model's mean, and from worst to best. logs: "clip-0" -> its rows."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -76,10 +76,13 @@ def draw_curves(path, logs):
     shown = [key for key in titles if all(key in log[0] for log in logs.values())]
     figure, axes = plt.subplots(1, len(shown), figsize=(3.5 * len(shown), 3.6), layout="constrained")
     for axis, key in zip(axes, shown):
-        for run, log in logs.items():
-            name, seed = run.split("-")[0], run.split("-")[-1]
-            axis.plot([line["samples"] / 1000 for line in log], [line[key] for line in log], linewidth=1.2, alpha=0.8,
-                      color=f"C{list(train.MODELS).index(name)}", label=name if seed == "0" else None)
+        for number, name in enumerate(train.MODELS):
+            runs = [log for run, log in logs.items() if run.split("-")[0] == name]
+            if runs:
+                seen = [line["samples"] / 1000 for line in runs[0]]
+                values = list(zip(*([line[key] for line in log] for log in runs), strict=True))
+                axis.plot(seen, list(map(statistics.mean, values)), linewidth=1.5, color=f"C{number}", label=name)
+                axis.fill_between(seen, list(map(min, values)), list(map(max, values)), color=f"C{number}", alpha=0.15)
         axis.set_title(titles[key], fontsize=10)
         axis.set_xlabel("thousands of pictures seen", fontsize=9)
         axis.set_ylim(0, None)

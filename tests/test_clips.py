@@ -69,7 +69,7 @@ def some_batch(*lengths):
     generator, n = torch.Generator().manual_seed(3), len(lengths)
     targets = torch.randint(4, 50, (n, 8), generator=generator)
     return {"images": torch.randn(n, 3, 24, 24, dtype=torch.float64, generator=generator),
-            "tokens": some_tokens(*(4 + i % 6 for i in range(n))),
+            "web_tokens": some_tokens(*(4 + i % 6 for i in range(n))),
             "sub_tokens": some_tokens(*(9 - i % 5 for i in range(n)), seed=4),
             "targets": targets.masked_fill(torch.arange(8) >= torch.tensor(lengths)[:, None], 0)}
 
@@ -331,9 +331,9 @@ def test_caption_losses_equal_a_loop_over_the_real_tokens(pad_id):
     states[targets == pad_id] = math.nan  # nobody looks
     states.requires_grad_()
     head.weight.data *= 3
-    losses, tokens = caption_losses(states, head, targets, pad_id)
-    assert tokens.tolist() == (targets != pad_id).sum(dim=1).tolist()
-    loss = mean_of_all(losses, tokens)
+    losses, counted = caption_losses(states, head, targets, pad_id)
+    assert torch.equal(counted, targets != pad_id) and (losses[~counted] == 0).all()
+    loss = mean_of_all(losses, counted)
     assert loss.item() == pytest.approx(expected, rel=1e-12) and loss.dtype == torch.float64
     loss.backward()
     assert ((states.grad.abs().amax(dim=2) > 1e-3) == (targets != pad_id)).all() and head.weight.grad.isfinite().all()
@@ -378,8 +378,8 @@ def test_every_term_equals_a_slow_loop(changes, weight, pad_id):
     model, batch, calls = lively(**changes), some_batch(3, 8, 1, 2), []
     batch["targets"][batch["targets"] == 0] = pad_id
     image, web, sub = (encode(batch[name]) for encode, name in (
-        (model.encode_image, "images"), (model.encode_text, "tokens"), (model.encode_text, "sub_tokens")))
-    states = model.captioner(model.image_feature_and_states(batch["images"])[1], model.text_feature_and_states(batch["tokens"])[1])
+        (model.encode_image, "images"), (model.encode_text, "web_tokens"), (model.encode_text, "sub_tokens")))
+    states = model.captioner(model.image_feature_and_states(batch["images"])[1], model.text_feature_and_states(batch["web_tokens"])[1])
     for tower in (model.image_encoder, model.text_encoder):
         tower.register_forward_hook(lambda module, args, output: calls.append(tuple(args[0].shape)))
     losses, scale = model(**batch), model.logit_scale.exp().item()
@@ -396,8 +396,8 @@ def test_every_term_equals_a_slow_loop(changes, weight, pad_id):
 def test_without_a_captioner_and_with_equal_captions_it_is_clip():
     model, batch = lively(caption_layers=0), some_batch(8, 8, 8, 8, 8)
     assert model.captioner is None and not any("captioner" in name for name in model.state_dict())
-    losses = model(**batch | {"sub_tokens": batch["tokens"]})
-    expected = slow_contrast(model.encode_image(batch["images"]), model.encode_text(batch["tokens"]),
+    losses = model(**batch | {"sub_tokens": batch["web_tokens"]})
+    expected = slow_contrast(model.encode_image(batch["images"]), model.encode_text(batch["web_tokens"]),
                              model.logit_scale.exp().item())
     assert set(losses) == {"loss", "contrastive"} and losses["loss"].item() == pytest.approx(expected, rel=1e-11)
     with pytest.raises(ValueError, match="has no captioner: released weights come without"):
@@ -485,7 +485,7 @@ def test_gradients_of_two_processes_equal_one(tmp_path):
 def said(batch):
     """Of every sample: web caption, part of the synthetic one, the whole of it."""
     return [tuple(Letters().decode(token for token in batch[name][i].tolist() if token > 3).strip()
-                  for name in ("tokens", "sub_tokens", "targets")) for i in range(len(batch["targets"]))]
+                  for name in ("web_tokens", "sub_tokens", "targets")) for i in range(len(batch["targets"]))]
 
 
 LONG = "c d! e. f"
@@ -509,7 +509,7 @@ def test_the_rows_of_a_batch():
     longs = ["abc", "abcde", "abcdef", "abcdefghijklmnop"]
     batch = model.text_batch([data.Sample([], text, "xyz") for text in longs], [random.Random(0)] * 4, Letters())
     assert batch["targets"].tolist() == [[4, 5, 6, 2, 9, 9], *[[4, 5, 6, 7, 8, 2]] * 3]
-    assert torch.equal(batch["tokens"], model.tokenize(["xyz"] * 4, Letters()))
+    assert torch.equal(batch["web_tokens"], model.tokenize(["xyz"] * 4, Letters()))
     assert batch["sub_tokens"].tolist() == model.lay_out([range(4, 4 + n) for n in (3, 5, 6, 9)]).tolist()
 
 
@@ -533,7 +533,7 @@ def test_a_batch_is_the_same_again_and_however_it_is_split():
         rngs = [random.Random(f"{seed} {i}") for i in range(16)]
         return model.text_batch(samples[part], rngs[part], Letters())
     whole, again, other, halves = batch(slice(16)), batch(slice(16)), batch(slice(16), 1), (slice(7), slice(7, 16))
-    assert set(whole) == {"tokens", "sub_tokens", "targets"}
+    assert set(whole) == {"web_tokens", "sub_tokens", "targets"}
     for name in whole:
         assert torch.equal(whole[name], again[name]) and not torch.equal(whole[name], other[name]), name
         assert torch.equal(whole[name], torch.cat([batch(half)[name] for half in halves])), name

@@ -235,8 +235,8 @@ def test_layout_cuts_and_keeps_the_end():
     (lambda m: m.tokenize([], Words()), r"texts must be a list of at least one text, got \[\]"),
     (lambda m: m.encode_text(torch.zeros(5, dtype=torch.long)), r"tokens must be \(B, L\).*got \(5,\)"),
     (lambda m: m.encode_text(torch.zeros(1, 500, dtype=torch.long)), r"L <= 64, got \(1, 500\)"),
-    (lambda m: m.encode_image(torch.zeros(3, 64, 64)), r"images must be \(B, 3, H, W\), got \(3, 64, 64\)"),
-    (lambda m: m.encode_image(torch.zeros(1, 64, 64, 3)), r"images must be \(B, 3, H, W\), got \(1, 64, 64, 3\)"),
+    (lambda m: m.encode_image(torch.zeros(3, 64, 64)), r"images must be \(B, 3, height, width\), got \(3, 64, 64\)"),
+    (lambda m: m.encode_image(torch.zeros(1, 64, 64, 3)), r"images must be \(B, 3, height, width\), got \(1, 64, 64, 3\)"),
 ])
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):

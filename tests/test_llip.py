@@ -65,7 +65,7 @@ def some_images(n, size=24):
 
 
 def some_features(images, texts, M=3, K=5, d=4):
-    """What `mixture_cosines` takes: keys, values, query, target and out_proj, in float64."""
+    """Keys, values, query, target and out_proj, in float64."""
     generator = torch.Generator().manual_seed(0)
     shapes = (images, M, K, d), (images, M, K, d), (texts, M, d), (texts, M * d), (M * d, M * d)
     features = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
@@ -73,7 +73,7 @@ def some_features(images, texts, M=3, K=5, d=4):
 
 
 def packed(keys, values, query, target, *rest):
-    """The same for those functions that take named tuples."""
+    """The same, as the functions take them."""
     return KeysValues(keys, values), QueryTarget(query, target), *rest
 
 
@@ -114,14 +114,14 @@ def test_weights_mixtures_and_cosines_equal_a_slow_loop(temperature):
     torch.testing.assert_close(found, weights, rtol=0, atol=1e-13)
     torch.testing.assert_close(mixtures(*packed(*features), temperature), mixed, rtol=0, atol=1e-12)
     for length in (1e-5, 1, 1000):  # of which a cosine knows nothing
-        found = mixture_cosines(keys, length * values, query, *rest, temperature)
+        found = mixture_cosines(*packed(keys, length * values, query, *rest), temperature)
         torch.testing.assert_close(found, cosine, rtol=0, atol=1e-12)
 
 
 def test_at_its_limits_temperature_takes_the_mean_or_the_best_token():
     keys, values, query, target, out_proj = features = some_features(4, 6)
     mean = F.normalize(values.mean(dim=2).flatten(1) @ out_proj, dim=-1) @ target.T
-    torch.testing.assert_close(mixture_cosines(*features, 1e12), mean, rtol=0, atol=1e-11)
+    torch.testing.assert_close(mixture_cosines(*packed(*features), 1e12), mean, rtol=0, atol=1e-11)
     best, chosen = torch.zeros(4, 6, dtype=torch.float64), set()
     for i, j in itertools.product(range(4), range(6)):
         tokens = [max(range(5), key=lambda n: keys[i, m, n] @ query[j, m]) for m in range(3)]
@@ -129,18 +129,18 @@ def test_at_its_limits_temperature_takes_the_mean_or_the_best_token():
         z = torch.cat([values[i, m, n] for m, n in enumerate(tokens)]) @ out_proj
         best[i, j] = z @ target[j] / z.norm()
     assert len(chosen) > 10  # heads choose by themselves
-    torch.testing.assert_close(mixture_cosines(*features, 1e-4), best, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixture_cosines(*packed(*features), 1e-4), best, rtol=0, atol=1e-12)
 
 
 def test_it_is_no_similarity_of_single_vectors():
     """Products of vectors of E numbers have rank E at most; and for one target, either image can be the nearer one."""
     features = some_features(7, 7, M=1, K=4, d=2)
-    assert torch.linalg.matrix_rank(mixture_cosines(*features, 0.5), atol=1e-6) == 7
-    assert torch.linalg.matrix_rank(mixture_cosines(*features, 1e15), atol=1e-6) == 2  # the mean of the tokens
+    assert torch.linalg.matrix_rank(mixture_cosines(*packed(*features), 0.5), atol=1e-6) == 7
+    assert torch.linalg.matrix_rank(mixture_cosines(*packed(*features), 1e15), atol=1e-6) == 2  # the mean of the tokens
     ahead = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     values = torch.stack([ahead, -ahead])[:, None]  # what one image has first, the other has last
     keys, queries = torch.eye(2).expand(2, 1, 2, 2), 3 * torch.eye(2)[:, None]
-    table = mixture_cosines(keys, values, queries, ahead[[0, 0]], torch.eye(2), 1)
+    table = mixture_cosines((keys, values), (queries, ahead[[0, 0]]), torch.eye(2), 1)
     torch.testing.assert_close(table, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
 
 
@@ -160,7 +160,7 @@ def sizes(monkeypatch):
     """How many images are compared at a time."""
     found = []
     monkeypatch.setattr(llip, "mixture_cosines",
-                        lambda keys, *rest: found.append(len(keys)) or mixture_cosines(keys, *rest))
+                        lambda images, *rest: found.append(len(images[0])) or mixture_cosines(images, *rest))
     return found
 
 
