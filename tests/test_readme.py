@@ -1,4 +1,4 @@
-"""What the README says is true: its code runs, its commands are understood, its tables agree with the files."""
+"""README and docs are true: their code runs, their commands are understood, their tables agree with the files."""
 import re
 import shlex
 from dataclasses import replace
@@ -19,12 +19,13 @@ import sizes
 import train
 
 ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README, EVERYTHING = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 DOCSTRINGS = "".join(module.__doc__ for module in (train, clip, liteclip, prolip, llip, clips))
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", EVERYTHING, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_the_first_command_and_the_code_that_uses_its_checkpoint(capsys, checkpo
 
 
 def commands():
-    text = "\n".join([*blocks("sh"), *re.findall(r"`(python train\.py[^`]*|torchrun [^`]*)`", README),
+    text = "\n".join([*blocks("sh"), *re.findall(r"`(python train\.py[^`]*|torchrun [^`]*)`", EVERYTHING),
                       *re.findall(r"^    ((?:python|torchrun) .*)$", DOCSTRINGS, flags=re.MULTILINE)])
     return sorted({line.split("#")[0].strip() for part in text.replace(" && ", "\n").splitlines() for line in [part]
                    if "train.py" in line})
@@ -86,16 +87,26 @@ def test_the_example_table_is_one_that_data_reads(tmp_path):
     assert (dog.split, cat.split) == ("train", "val")
 
 
-def test_sizes_and_links():
-    rows = re.findall(r"^\| \[(\w+\.py)\]\(.*?\| (\d+) \| (\d+) \| (\d+) \| ", README, flags=re.MULTILINE)
+def test_sizes():
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(.*?\| (\d+) \| (\d+) \| (\d*) ?\| ", README, flags=re.MULTILINE)
     assert [row[0] for row in rows] == list(sizes.FILES)
     for name, *found in rows:
-        assert tuple(map(int, found)) == sizes.sizes(name), name
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-    headings = {re.sub(r"[^\w -]", "", line[3:].lower()).replace(" ", "-") for line in README.splitlines()
-                if line.startswith("## ")}
-    assert {target[1:] for target in re.findall(r"\]\((#[^)]+)\)", README)} <= headings
+        assert tuple(int(n or 0) for n in found) == sizes.sizes(name), name
+
+
+def heading(line):
+    return re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", PAGES[page]) + [
+        (path, "") for path in re.findall(r'src="([^"]+)"', PAGES[page])]
+    for path, place in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        headings = [heading(line) for line in PAGES.get(target, "").splitlines() if line.startswith("#")]
+        assert not place or place in headings, place
 
 
 def test_code_that_loads_released_weights(tmp_path, monkeypatch):
