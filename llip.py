@@ -26,7 +26,7 @@ section "new in Llip". What follows the model is for when you need it: published
 the same loss without building the (B, B, E) mixtures.
 
 It computes what the published code computes (tests/golden holds the values). What differs:
-  - training and `similarity` never build the mixtures, see `mixture_cosines`: the same numbers, 1.7 to 3.3 times as
+  - training and `similarity` never build the mixtures, see `mixture_cosines`: the same numbers, 1.7 to 3.9 times as
     fast and in a tenth of the memory (batch 256, K = 32, E = 512, on a CPU: python tests/bench.py llip);
   - the state of a text is taken at the first end-of-text id, `end_id`, and not at the largest id; and it need not be
     padded: attention is causal, so nothing behind the end of a text can change its feature;
