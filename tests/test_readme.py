@@ -15,6 +15,7 @@ import data
 import liteclip
 import llip
 import prolip
+import results
 import sizes
 import train
 
@@ -137,3 +138,19 @@ def test_nothing_but_the_requirements_is_imported():
             for module in [a.name for a in node.names] if isinstance(node, ast.Import) else \
                     [node.module] if isinstance(node, ast.ImportFrom) else []:
                 assert module.split(".")[0] in extra | set(sys.stdlib_module_names), (name, module)
+
+
+def test_the_reference_runs_are_made_evaluated_and_written_as_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SHAPES_COUNTS", {"train": 64, "val": 16, "test": 16})
+    monkeypatch.setattr(clip, "CONFIGS", dict(clip.CONFIGS))
+    monkeypatch.setattr(clip, "RECIPES", clip.RECIPES | {"koclip-tiny": clip.RECIPES["koclip-tiny"] | {"epochs": 1}})
+    scores, folder = results.evaluated("koclip", 3)
+    assert results.evaluated("koclip", 3) == (scores, folder)  # it is not trained again
+    log = results.read_log(folder / "log.csv")
+    assert len(log) == 1 and log[-1]["zs_all"] >= 0 and folder.name == "koclip-3"
+    assert set(scores) >= {key for group in results.GROUPS.values() for key in group}
+    first, second = ({"i2t_r1": a, "i2t_r5": 50, "i2t_r10": 60, "t2i_r1": 3, "t2i_r5": 4, "t2i_r10": 5} for a in (20, 24))
+    assert results.rows("clip", {0: first, 1: second}) == [
+        "| `clip` | 20.0 / 50.0 / 60.0 | 3.0 / 4.0 / 5.0 |", "| `clip`, `--seed 1` | 24.0 / 50.0 / 60.0 | 3.0 / 4.0 / 5.0 |",
+        "| mean ± sd | 22.0 ± 2.8 | 3.0 ± 0.0 |"]
