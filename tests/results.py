@@ -5,7 +5,8 @@
     python tests/results.py --data flickr8k          # photographs: the five, 24 epochs; --root as of train.py
 
 Runs go to runs/claims/, where tests/claims.py looks for them, too. docs/logs/ keeps each run's log.csv; docs/curves.png
-and docs/curves-flickr8k.png show the validation figures in all of them (pip install matplotlib).
+and docs/curves-flickr8k.png show the validation figures in all of them (pip install matplotlib); docs/retrieval.png is
+what liteCLIP's first run left.
 """
 import argparse
 import csv
@@ -13,6 +14,8 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -111,6 +114,8 @@ if __name__ == "__main__":
         lines += rows(name, {seed: scores for seed, (scores, _) in runs.items()})
         for _, folder in runs.values():
             shutil.copy(folder / "log.csv", docs / "logs" / f"{folder.name}.csv")
+            if folder.name == "liteclip-0":
+                Image.open(folder / "retrieval.png").quantize(256).save(docs / "retrieval.png", optimize=True)
     print("\n" + "\n".join(lines))
     logs = {path.stem: read_log(path) for path in sorted((docs / "logs").glob("*.csv"))
             if ("-flickr8k-" in path.stem) == photographs}
