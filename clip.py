@@ -174,8 +174,8 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, causal=True)
         ends = tokens == self.end_id
-        # Asked on a CPU alone: of a GPU one would have to wait for the answer. There, a row without an end gives its
-        # first state, for argmax over nothing but zeros is 0.
+        # Checked on a CPU only: on a GPU the check would mean waiting. There, a row without an end gives its first state,
+        # for argmax over nothing but zeros is 0.
         if tokens.device.type == "cpu" and not ends.any(dim=1).all():
             raise ValueError(f"a row of tokens has no end-of-text id {self.end_id}: is this the model's own tokenizer?")
         x = x[torch.arange(len(x), device=x.device), ends.int().argmax(dim=1)]  # (B, D), argmax: the first of them
