@@ -23,6 +23,7 @@ import claims  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 
+NAMES = ("clip", "liteclip", "prolip", "llip", "clips", "koclip")
 GROUPS = {"I2T R@1 / 5 / 10": [f"i2t_r{k}" for k in (1, 5, 10)], "T2I R@1 / 5 / 10": [f"t2i_r{k}" for k in (1, 5, 10)],
           "zero-shot seen / unseen / all": ["zs_seen", "zs_unseen", "zs_all"]}
 EPOCHS = 24  # of Flickr8k: 144,000 pictures, about as many as eight epochs of generated ones
@@ -79,7 +80,7 @@ def draw_curves(path, logs):
     shown = [key for key in titles if all(key in log[0] for log in logs.values())]
     figure, axes = plt.subplots(1, len(shown), figsize=(3.5 * len(shown), 3.6), layout="constrained")
     for axis, key in zip(axes, shown):
-        for number, name in enumerate(train.MODELS):
+        for number, name in enumerate(NAMES):
             runs = [log for run, log in logs.items() if run.split("-")[0] == name]
             if runs:
                 seen = [line["samples"] / 1000 for line in runs[0]]
@@ -99,7 +100,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The reference runs of the tiny sizes.")
     parser.add_argument("--data", choices=("shapes", "flickr8k"), default="shapes")
     parser.add_argument("--root", help="where Flickr8k's files lie (default: download to data/flickr8k)")
-    parser.add_argument("--models", nargs="+", choices=train.MODELS)
+    parser.add_argument("--models", nargs="+", choices=NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     try:
@@ -107,7 +108,7 @@ if __name__ == "__main__":
     except ModuleNotFoundError:
         sys.exit("results.py draws its curves with matplotlib: pip install matplotlib")
     photographs, docs = options.data == "flickr8k", ROOT / "docs"
-    names = options.models or [name for name in train.MODELS if not (photographs and name == "koclip")]
+    names = options.models or (NAMES[:-1] if photographs else NAMES)
     lines = table(list(GROUPS)[:2 if photographs else 3])
     for name in names:
         runs = {seed: evaluated(name, seed, options.root, photographs) for seed in options.seeds}
