@@ -36,8 +36,9 @@ def evaluated(name, seed, root=None, photographs=False):
         source, variant, flags = "flickr8k", "-flickr8k", ["--epochs", str(EPOCHS), *(["--root", root] if root else [])]
     model, tokenizer = claims.trained(name, seed, variant, flags=["--data", source, *flags])
     size = model.config.image_size
-    scores, _ = train.evaluate(model, tokenizer, data.load(source, "test", size, root),
-                               data.load_zero_shot(source, size), train.pick_precision(model.logit_scale.device))
+    split = data.load(source, "test", size, root, getattr(model.config, "fit", "crop"))
+    scores, _ = train.evaluate(model, tokenizer, split, data.load_zero_shot(source, size),
+                               train.pick_precision(model.logit_scale.device))
     return scores, Path(f"runs/claims/{name}{variant}-{seed}")
 
 
