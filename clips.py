@@ -2,10 +2,10 @@
 
 Liu et al., "CLIPS: An Enhanced CLIP Framework for Learning with Synthetic Captions", arXiv 2411.16828 (2024).
 
-The idea: let a vision-language model describe every picture anew, in a paragraph: the synthetic caption. To contrast
-the picture with all of it teaches less than with a part, and the shorter the part the better, down to one sentence (the
-paper's inverse effect). So contrast the picture with its caption from the web and with one sentence of the synthetic
-one; and so that the rest is not wasted, let a decoder, the captioner, predict all of it.
+The idea: let a vision-language model describe every picture in a paragraph, the synthetic caption. Contrasting the
+picture with all of it teaches less than contrasting it with a part, and the shorter the part the better, down to one
+sentence (the paper's inverse effect). So contrast the picture with its caption from the web and with one sentence of
+the synthetic one. And so that the rest is not wasted, let a decoder, the captioner, predict all of it.
 
     image    u = ViT(image)             mean of the patches' states, normed, projected                            (B, E)
     texts    v, w = Transformer(web caption), Transformer(one sentence of the synthetic caption)                  (B, E)
@@ -15,32 +15,32 @@ one; and so that the rest is not wasted, let a decoder, the captioner, predict a
 
 In the code: u image_features, v web_features, w sub_features, y targets.
 
-The captioner (autoregressive in the authors' words) is never fed the words of the caption it predicts. In their places
-stand C learned vectors, the slots. A slot sees the image, the web caption and the states of the slots before it, but
-never a word that was chosen: so all words are computed in one pass, in training and in `caption`. Where several
+The captioner (autoregressive in the authors' words) is never given the words of the caption it predicts. In their
+places it has C learned vectors, the slots. A slot sees the image, the web caption and the states of the slots before
+it, but never a word that was chosen, so all words are computed in one pass, in training and in `caption`. If several
 captions would be right, the slots cannot agree on one: each gives its own most probable word.
 
 Shapes: B batch, S image side, P patch side, N image tokens (class token and patches), L text tokens (always
 context_length), C caption slots, V vocabulary, D width, H attention heads, E embedding, W processes, I images, T texts.
 
-How to read it: beside clip.py. The towers differ in details, the section "new in CLIPS" is the paper, `text_batch` says
-which captions a step sees. What follows the model is for when you need it: published weights, sizes, recipes.
+Read it beside clip.py. The towers differ in details, the section "new in CLIPS" is the paper, and `text_batch` says
+which captions a step sees. What follows the model is for when you need it: published weights and sizes.
 
 The towers compute what the published code computes (tests/golden holds the values): no norm before the blocks, pooling
-before the last norm, texts without any mask, their class token last, eps 1e-6, the tanh form of GELU in texts alone.
-The released PyTorch code leaves the captioner's training open; captions, captioner and loss are as in OpenVision, by
-the same group. What differs:
-  - where there are no synthetic captions, as in Flickr8k, one caption plays the web's, the others joined the synthetic;
+before the last norm, texts without any mask and with the class token last, eps 1e-6, the tanh form of GELU in the text
+tower only. The released PyTorch code cannot train the captioner, so captions, captioner and loss are as in OpenVision,
+by the same group. What differs:
+  - where there are no synthetic captions, as in Flickr8k, one caption takes the place of the web's, and the others,
+    joined, that of the synthetic one;
   - the images' positions are learned (there: fixed sines);
-  - training: AdamW's second beta is .98 (there .95), crops are of half the picture or more (there 40 %); the tiny size
-    begins with `head_start`.
+  - AdamW's second beta is .98 (there .95), crops are half the picture or more (there 40 %); the tiny size starts with
+    `sines_and_contrast`.
 
     python train.py --model clips                                      # the tiny one on generated pictures: 12 minutes
     python clips.py runs/clips-shapes/best.pt photo.png "a red star" "a blue circle"      # and what it sees, in words
-    python tests/claims.py clips                                       # the paper's claims, on shapes
+    python experiments/claims.py clips                                 # the paper's claims, on shapes
 """
 import math
-import os
 import re
 import sys
 import warnings
@@ -60,13 +60,13 @@ class Config:
     image_layers: int = 24
     image_heads: int = 16
     image_mlp: int = 4096            # the hidden width
-    fit: str = "squash"              # for train.py: pictures are squeezed into a square, not cropped
+    fit: str = "squash"              # pictures are squeezed into a square, not cropped
     vocab_size: int = 32000          # rows of the table; BERT's vocabulary has 30,522
-    pad_id: int = 0                  # attended to like any word, so which id it is matters
-    start_id: int = 1                # these two BERT leaves unused; its tokenizer would say 101 and 102
+    pad_id: int = 0                  # it is attended to like a word, so the id matters
+    start_id: int = 1                # this and the next are unused in BERT, whose tokenizer has 101 and 102
     end_id: int = 2
     class_id: int = 101              # BERT's [CLS], last, after the padding: there a text's feature is taken
-    context_length: int = 80         # longer texts are cut here, shorter ones filled
+    context_length: int = 80         # longer texts are cut to this, shorter ones padded
     text_width: int = 768
     text_layers: int = 12
     text_heads: int = 12
@@ -75,11 +75,11 @@ class Config:
     activation: str = "gelu"
     text_activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
-    head_start: bool = False         # for a fresh small image tower: see the function of that name
+    sines_and_contrast: bool = False  # a better start for a small image tower: see the function of that name
     caption_layers: int = 12         # the captioner's blocks, as wide as the text tower's; 0: no captioner
     caption_length: int = 128        # its slots
     caption_weight: float = 2.0
-    shorten: str = "sentence"        # what of a synthetic caption is contrasted: see the function of that name
+    shorten: str = "sentence"        # which part of a synthetic caption is contrasted: see the function
     shorten_to: int = 0              # its tokens; 0: as many as there is room for
 
 
@@ -145,11 +145,13 @@ class ImageEncoder(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + grid ** 2, width))
-        self.blocks = nn.ModuleList([
+        self.blocks = nn.ModuleList(
             Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation], config.norm_eps)
-            for _ in range(config.image_layers)])
+            for _ in range(config.image_layers))
         self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
+        if config.sines_and_contrast:
+            sines_and_contrast(self, grid)
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N - 1, D): a token for each patch
@@ -172,9 +174,9 @@ class TextEncoder(nn.Module):
         width, layers = config.text_width, config.text_layers
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.blocks = nn.ModuleList([
+        self.blocks = nn.ModuleList(
             Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.text_activation], config.norm_eps)
-            for _ in range(layers)])
+            for _ in range(layers))
         self.ln_final = nn.LayerNorm(width, eps=config.norm_eps)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -191,16 +193,15 @@ class TextEncoder(nn.Module):
         return self.ln_final(x[:, -1]) @ self.text_projection, x[:, :-1]  # (B, E), (B, L - 1, D)
 
 
-# --- over several processes, in full precision ----------------------------------------------------------------------
+# --- several processes, full precision ------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
-    Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
+    Every process brings the same B. Why the gradient is exact: process r has the loss l_r of its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up, over q, what comes through the gathered copies; what
-    comes through the rows of l_r itself, autograd adds; and DDP, which averages gradients over the processes, supplies
-    1/W.
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward pass below sums, over q, the part that flows through the gathered
+    copies. Autograd adds the part that flows through the rows of l_r. DDP averages gradients, which is the 1/W.
     """
     @staticmethod
     def forward(ctx, x):
@@ -210,7 +211,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd's own tensor is not ours to change
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd still needs its own tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -220,19 +221,19 @@ def gather(x):
 
 
 def upcast(x):
-    """Half types to fp32 and nothing else, so that a float64 model stays float64."""
+    """Half precision to fp32; fp32 and float64 stay what they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def full_precision(x):
-    """Switches autocast off on x's device: towers may run in bf16; normalising, similarities and the loss do not."""
+    """Without autocast: the towers may run in bf16, but not the normalisation, the similarities or the loss."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def mean_of_all(values, counted):
     """This process's share of the mean over all processes of values, where counted, bool of the same shape, is true.
 
-    DDP averages the shares of W processes: a share is the sum here, times W, over how many all of them count.
+    DDP averages the shares of W processes. So a share is the sum here, times W, divided by how many all of them count.
     """
     total, processes = counted.sum(), 1
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -248,10 +249,8 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features: (B, E) of length 1, row i of one belongs to row i of the other;
     scale: exp(logit_scale).
-    Local rows against the columns of all W processes. Features that are all alike give just ln(W B); an untrained
-    model lies a little above.
-    In fp32: in bf16 and at a scale of 100, logits of right pairs are wrong by up to 0.4, and this product costs next to
-    nothing.
+    Local rows against the columns of all W processes. If all features are alike, it is ln(W B).
+    In fp32, as in bf16 and at a scale of 100 the logits of matching pairs are wrong by up to 0.4.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
@@ -267,7 +266,7 @@ def contrastive_loss(image_features, text_features, scale):
 def shorten(text, encode, how, rng, length):
     """A long caption -> the token ids of a part of it, at most `length` of them.
 
-    how: "sentence" (the paper's sub-caption): one sentence, by chance; "first": the first tokens; "block": consecutive
+    how: "sentence" (the paper's sub-caption): one random sentence; "first": the first tokens; "block": consecutive
     tokens from anywhere; "random": tokens from anywhere, in any order. rng: a random.Random; encode: text -> ids.
     """
     if how == "sentence":
@@ -297,7 +296,7 @@ def caption_mask(prefix, slots, device=None):
 class Captioner(nn.Module):
     """States of the patches (B, N - 1, image width) and of the web caption (B, L - 1, D) -> of the slots (B, C, D).
 
-    D is the text tower's width. The states are those before the towers' last norms. Prefix: all that stands before the
+    D is the text tower's width. The states are those before the towers' last norms. The prefix is what comes before the
     slots.
     """
     def __init__(self, config):
@@ -306,9 +305,9 @@ class Captioner(nn.Module):
         self.image_proj = nn.Linear(config.image_width, width, bias=False)
         self.text_proj = nn.Linear(width, width, bias=False)
         self.slot_embedding = nn.Parameter(torch.randn(config.caption_length, width))
-        self.blocks = nn.ModuleList([
+        self.blocks = nn.ModuleList(
             Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.text_activation], config.norm_eps)
-            for _ in range(config.caption_layers)])
+            for _ in range(config.caption_layers))
         self.ln = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.vocab_size, bias=False)  # from a slot's state to its token
 
@@ -324,8 +323,8 @@ class Captioner(nn.Module):
 def caption_losses(states, head, targets, pad_id):
     """-ln p(y_i), read from slot i: states (B, C, D), targets y (B, C) -> (B, C), and where y has a token, bool (B, C).
 
-    Padding costs nothing, and head is not applied to it: logits of all slots over a large vocabulary would be most of
-    the memory.
+    Padding costs nothing, and head is not applied to it: the logits of all slots over a large vocabulary would need
+    most of the memory.
     """
     real = targets != pad_id
     with full_precision(states):
@@ -339,24 +338,18 @@ def caption_losses(states, head, targets, pad_id):
 class CLIPS(nn.Module):
     """Two encoders, one learned number, logit_scale, and, for training and for `caption`, a captioner.
 
-    For its methods see CLIP in clip.py. New: `caption`, and `terms`, which train.py logs.
+    Its methods are those of CLIP in clip.py, and `caption`.
     """
-    Config = Config
-    terms = "contrastive", "captioning"
-    example_labels = "a photo of a dog", "a photo of a cat"
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
         self.captioner = Captioner(config) if config.caption_layers else None
-        if config.head_start:
-            head_start(self.image_encoder, config.image_size // config.patch_size)
-        # A cosine lies in [-1, 1]; to be sure of anything, a loss needs a larger range, and how large is learned. As an
-        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
+        # Cosines lie in [-1, 1], too narrow for a confident softmax. How far to stretch them is learned, as an
+        # exponent, so that the factor stays positive. train.py keeps it at most 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        # The mean and spread of ImageNet's pictures.
+        # The mean and standard deviation of ImageNet's pictures.
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1), persistent=False)
 
@@ -391,42 +384,48 @@ class CLIPS(nn.Module):
         with full_precision(image_features):
             return upcast(image_features) @ upcast(text_features).T
 
+    def logits(self, images, tokens):
+        """I images, T texts -> scaled cosines (I, T): their softmax over T is the probability of each text."""
+        return self.logit_scale.exp() * self.similarity(self.encode_image(images), self.encode_text(tokens))
+
     @torch.no_grad()
     def caption(self, images, tokenizer, web_tokens=None):
-        """What the captioner says of images, as encode_image takes them -> a text for each.
+        """What the captioner says of images: a text for each.
 
-        web_tokens: (B, context_length), their web captions, as in training; without them an empty text, as never there.
+        web_tokens: their web captions, (B, context_length), as in training; otherwise an empty text, which training
+        never shows. Released weights come without a captioner; training makes one.
         """
-        if self.captioner is None:
-            raise ValueError("this model has no captioner: released weights come without, training makes one")
         if web_tokens is None:
             web_tokens = self.tokenize([""] * len(images), tokenizer).to(images.device)
         states = self.captioner(self.image_feature_and_states(images)[1], self.text_feature_and_states(web_tokens)[1])
         texts = []
         logits = self.captioner.head(states)[..., :len(tokenizer)]  # vocab_size may exceed it: 32,000 for BERT's 30,522
-        for ids in logits.argmax(dim=-1).tolist():  # every slot at once: none waits for another's word
+        for ids in logits.argmax(dim=-1).tolist():  # all slots at once: none waits for another's word
             end = ids.index(self.config.end_id) if self.config.end_id in ids else len(ids)
             texts.append(tokenizer.decode([i for i in ids[:end] if i != self.config.pad_id]))
         return texts
 
     def forward(self, images, web_tokens, sub_tokens, targets):
         """images (B, 3, S, S); web_tokens: their web captions, sub_tokens: parts of their synthetic captions, (B, L);
-        targets: the synthetic captions in whole, (B, C).
-        -> {"loss": the sum of the others, "contrastive": ..., "captioning": ...}, captioning with its weight in it; it
-        is missing where there is no captioner.
+        targets: the whole synthetic captions, (B, C).
+        -> {"loss": the sum of the others, "contrastive": ..., "captioning": ...}; captioning includes its weight, and
+        is missing if there is no captioner.
         """
         return self.loss(**self.encode(images, web_tokens, sub_tokens, targets))
 
     def encode(self, images, web_tokens, sub_tokens, targets):
-        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
-        samples at a time, and `loss` for all. What a caption costs concerns no other sample, and is worked out here.
+        """What each sample contributes to the loss. To save memory, train.py calls it for a few samples at a time.
+
+        The loss of a caption involves no other sample, so it is computed here.
         """
+        if len(images) != len(web_tokens):
+            raise ValueError(f"{len(images)} images, {len(web_tokens)} captions; expected one caption for each image")
         image_features, image_states = self.image_feature_and_states(images)
         text_features, text_states = self.text_feature_and_states(torch.cat([web_tokens, sub_tokens]))  # in one pass
         web_features, sub_features = text_features.chunk(2)
         features = {"image_features": image_features, "web_features": web_features, "sub_features": sub_features}
         if self.captioner is not None:
-            web_states = text_states.chunk(2)[0]  # the captioner reads the web caption alone
+            web_states = text_states.chunk(2)[0]  # the captioner reads only the web caption
             states = self.captioner(image_states, web_states)
             features["caption_losses"], features["counted"] = caption_losses(
                 states, self.captioner.head, targets, self.config.pad_id)
@@ -440,21 +439,14 @@ class CLIPS(nn.Module):
             terms["captioning"] = self.config.caption_weight * mean_of_all(caption_losses, counted)
         return {"loss": sum(terms.values()), **terms}
 
-    def chance_loss(self, batch):
-        """The contrastive loss of a model that tells nothing apart: all its features are alike."""
-        return math.log(batch)
-
     @staticmethod
     def normalize(x):
         with full_precision(x):
             return F.normalize(upcast(x), dim=-1)
 
-    # --- texts: which captions this model wants, and the special tokens around their pieces ---
-
     def tokenize(self, texts, tokenizer):
-        """Texts -> int64 (B, context_length): start, pieces, end, padding, and the class token in the last place."""
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
+        """Texts, or one -> int64 (B, context_length): start, pieces, end, padding, and the class token last."""
+        texts = [texts] if isinstance(texts, str) else texts
         room = self.room
         pieces = [tokenizer.encode(text) for text in texts]
         cut = sum(len(p) > room for p in pieces)
@@ -467,7 +459,7 @@ class CLIPS(nn.Module):
         return self.config.context_length - 3  # start, end and class token take the rest
 
     def lay_out(self, pieces):
-        """Token ids of each text, cut without a warning -> (B, L): start, ids, end, padding, class token."""
+        """The ids of each text, which are cut without a warning -> (B, L): start, ids, end, padding, class token."""
         config = self.config
         rows = [[config.start_id, *p[:self.room], config.end_id] for p in pieces]
         tokens = torch.full((len(rows), config.context_length), config.pad_id)
@@ -477,11 +469,11 @@ class CLIPS(nn.Module):
         return tokens
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: of each sample the web caption, a part of the synthetic one, and the
-        whole of it. All drawn by that sample's own generator.
+        """What `forward` needs besides the images: of each sample of data.py the web caption, a part of the synthetic
+        one, and the whole synthetic one. All drawn by that sample's own generator.
 
-        samples: of data.py, each a picture's texts; rngs: a random.Random for each. A sample without a web caption has
-        one of its captions in its place; one without a synthetic caption, the others, joined.
+        If a sample has no web caption, one of its captions takes its place. If it has no synthetic caption, the others
+        do, joined.
         """
         config = self.config
         web, sub, targets = [], [], torch.full((len(samples), config.caption_length), config.pad_id)
@@ -495,40 +487,23 @@ class CLIPS(nn.Module):
             targets[i, :len(row)] = torch.tensor(row)
         return {"web_tokens": self.lay_out(web), "sub_tokens": self.lay_out(sub), "targets": targets}
 
-    # --- weights from elsewhere ---
+    # --- published weights --------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, source, config=None, cache="data/cache"):
-        """Published weights, loaded strictly. They have no captioner.
+    def from_pretrained(cls, source, config=None):
+        """Published weights, loaded strictly: a name of PUBLISHED, or a file or a state dict in the published names.
+        config: a Config or its name; a published name implies it. Positions are resized to the config's image_size.
 
-        source: the name of a published model, such as "vit-l-14-224" (downloaded once, into `cache`, with its
-        vocabulary), or the path of a file, or a state dict.
-        config: a Config or its name; without one, the size whose towers have the names and shapes of the file's. With
-        another image_size than the file's, the table of positions is resized, with a warning. A Config with
-        caption_layers keeps the source's captioner, or gets a fresh one; a name, or nothing, means none.
+        Released weights have no captioner. A Config with caption_layers gets a new one to train; a name means none.
         """
-        source, config = find_source(source, config, cls, cache)
-        state = arrange(rename(read_state(source)))
-        fits = None if isinstance(config, cls.Config) else fitting_config(state, Towers)
-        size = find_config(config or fits or next(iter(sizes(cls))), cls)
-        model = cls(size if isinstance(config, cls.Config) else replace(size, caption_layers=0))
-        # Released weights have no captioner: its fresh parameters count as given, unless the source brings some.
-        fresh = {name: value for name, value in model.state_dict().items() if name.startswith("captioner.")
-                 and not any(given.startswith("captioner.") for given in state)}
-        try:
-            load_strictly(model, fresh | (resize_positions(state, model) if config else state))
-        except ValueError as error:
-            hint = f"\n  it would fit config={fits!r}" if fits else ""
-            if config is None:
-                hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
-            raise ValueError(f"{error}{hint}") from None
-        return model.eval()
+        model = cls(config if isinstance(config, Config) else replace(CONFIGS[config or source], caption_layers=0))
+        state = resize_positions(model, read_weights(source, NAMES))
+        if not any(name.startswith("captioner.") for name in state):
+            state |= {name: value for name, value in model.state_dict().items() if name.startswith("captioner.")}
+        return load_weights(model, state)
 
 
-# --- reading published weights --------------------------------------------------------------------------------------
-
-DROPPED = r"(^|\.)position_ids$"
-NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
+NAMES = [  # (a pattern in the published name, what it becomes here), all applied in this order:
     # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
     (r"^(module\.|_orig_mod\.)+", ""),
     (r"^visual\.", "image_encoder."), (r"\btransformer\.resblocks\.", "blocks."), (r"\.in_proj_", ".in_proj."),
@@ -536,159 +511,102 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all are ap
 ]
 
 
-def rename(state, names=NAMES):
-    """A state dict in published names -> the same tensors in the names of this file."""
+def read_weights(source, names):
+    """A name of PUBLISHED, a file or a state dict -> its tensors in the names of this file. Runs no code from a file.
+
+    names: pairs of a pattern and its replacement, all applied in this order; a name that becomes empty is dropped.
+    """
+    if isinstance(source, str) and source in PUBLISHED:
+        import data  # only here, so that the rest of the file needs nothing but torch
+        source = data.fetch(PUBLISHED[source])["source"]
+    if str(source)[-12:] == ".safetensors":
+        from safetensors.torch import load_file  # pip install safetensors
+        source = load_file(source)
+    state = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
     renamed = {}
-    for name, value in state.items():
-        if re.search(DROPPED, name):
-            continue
+    for name, value in state.get("state_dict", state).items():
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
-        if name in renamed:
-            raise ValueError(f"two tensors of the weights would both be {name}")
         renamed[name] = value
+    renamed.pop("", None)
     return renamed
 
 
-def arrange(state):
-    """The layout of this file: queries, keys and values in one matrix; transposed matrices turned back."""
-    arranged = {}
-    for name, value in state.items():
-        if name.endswith(".T"):  # Hugging Face's projections
-            name, value = name[:-2], value.T
-        elif name.endswith("class_embedding"):  # (1, 1, D) in some files
-            value = value.flatten()
-        elif name.endswith("positional_embedding"):  # (1, N, D) in some files
-            value = value.reshape(-1, value.shape[-1])
-        elif re.search(r"\.[kv]_proj\.", name) and re.sub(r"\.[kv]_proj\.", ".q_proj.", name) in state:
-            continue  # joined to its q_proj, in the next lines
-        elif ".q_proj." in name:
-            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks: a wrong shape
-        arranged[name] = value
-    return arranged
+def load_weights(model, state):
+    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit.
 
-
-def find_source(source, config, cls, cache):
-    """The name of a published model -> its file, downloaded, and its name as config.
-
-    A path or a state dict stays what it is; an unknown name is an error.
+    Queries, keys and values become one matrix; ".T" at the end of a name marks a transposed matrix; embeddings may have
+    additional axes of length 1.
     """
-    if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
-        import data  # not at the top: this file works without its siblings
-        return data.fetch(PUBLISHED[source], cache)["source"], config or source
-    if isinstance(source, str) and not os.path.exists(source) and not os.path.splitext(source)[1]:
-        known = ", ".join(name for name in PUBLISHED if name in sizes(cls))
-        raise ValueError(f"{source}: no such file, and no published {cls.__name__}; those are {known}")
-    return source, config
-
-
-def read_state(source):
-    """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
-    what, state = ("the source", source) if isinstance(source, dict) else (source, None)
-    try:
-        if state is None and str(source).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            state = load_file(source)
-        elif state is None:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{source}: no such file") from None
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{source}: reading it needs a package; pip install {error.name.split('.')[0]}") from None
-    except Exception as error:  # these libraries raise half a dozen types for a file that is no checkpoint
-        raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
-                         "file that holds tensors alone") from None
-    if isinstance(state, dict) and "tokenizer" in state:
-        raise ValueError(f"{what} was written by train.py: use train.load")
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{what} holds other things than tensors by name; expected a state dict")
-    return state
-
-
-def fitting_config(state, cls):
-    """The name of the size whose parameters have the names and shapes of this state dict, or None."""
-    shapes = {name: value.shape for name, value in state.items()}
-    for name, config in sizes(cls).items():
-        with torch.device("meta"):  # shapes without memory
-            if {name: value.shape for name, value in cls(config).state_dict().items()} == shapes:
-                return name
-
-
-class Towers(CLIPS):
-    """A CLIPS without its captioner, whatever the configuration says: what released weights are compared with."""
-    def __init__(self, config):
-        super().__init__(replace(config, caption_layers=0))
-
-
-def resize_positions(state, model):
-    """The image tower's table of positions, resized if the file's pictures had more patches than ours, or fewer."""
-    name, new = "image_encoder.positional_embedding", model.config.image_size // model.config.patch_size
-    table = state.get(name, torch.empty(0))
-    special = len(model.image_encoder.positional_embedding) - new ** 2  # rows before those of the patches
-    old = math.isqrt(max(len(table) - special, 0))
-    if old == new or old ** 2 + special != len(table):
-        return state  # nothing to do, or nothing that could be done: load_strictly will tell
-    warnings.warn(f"positions for {old} x {old} patches, resized to {new} x {new}")
-    table = upcast(table)
-    grid = table[special:].T.view(1, -1, old, old)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
-    return state | {name: torch.cat([table[:special], grid[0].flatten(1).T])}
-
-
-def load_strictly(model, state):
-    """Every tensor of the model from `state` and none left over, or a ValueError that lists what does not fit."""
     own = model.state_dict()
-    groups = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "wrong shape": [f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-                        for name in own if name in state and state[name].shape != own[name].shape],
-    }
-    if any(groups.values()):
-        raise ValueError(f"the weights do not fit {type(model).__name__}:" + "".join(
-            f"\n  {len(names)} {group}: " + "; ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            for group, names in groups.items() if names))
+    for name in list(state):
+        if ".q_proj." in name:
+            parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+            state[name.replace(".q_proj.", ".in_proj.")] = torch.cat(parts)
+        elif name.endswith(".T"):
+            state[name.removesuffix(".T")] = state.pop(name).T
+        elif "embedding" in name and name in own and state[name].numel() == own[name].numel():
+            state[name] = state[name].reshape(own[name].shape)
     model.load_state_dict(state)
+    return model.eval()
+
+
+def resize_positions(model, state):
+    """Resize the image tower's table of positions if the file's pictures had more or fewer patches than the model's."""
+    name, new = "image_encoder.positional_embedding", model.config.image_size // model.config.patch_size
+    table = upcast(state[name]).flatten(0, -2)  # (N, D)
+    special = len(model.image_encoder.positional_embedding) - new ** 2  # rows before those of the patches
+    old = math.isqrt(len(table) - special)
+    if old != new:
+        warnings.warn(f"positions for {old} x {old} patches, resized to {new} x {new}")
+        grid = F.interpolate(table[special:].T.view(1, -1, old, old), size=(new, new), mode="bicubic", antialias=True)
+        state[name] = torch.cat([table[:special], grid[0].flatten(1).T])
+    return state
 
 
 # --- sizes, and how each is trained ---------------------------------------------------------------------------------
 
 CONFIGS = {
-    "vit-l-14-224": Config(),                # 414,247,425 parameters, the captioner apart
+    "vit-l-14-224": Config(),                # 414,247,425 parameters, without the captioner
     "vit-l-14-336": Config(image_size=336),  # 414,575,105
     "vit-h-14-224": Config(image_width=1280, image_layers=32, image_mlp=5120, text_width=1024, text_layers=24,
                            text_heads=16, text_mlp=4096, embed_dim=1024, caption_layers=24),  # 968,284,161
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
                    vocab_size=1024, class_id=3, context_length=36, text_width=128, text_layers=2, text_heads=4,
-                   text_mlp=512, embed_dim=128, head_start=True, caption_layers=1, caption_length=80),
+                   text_mlp=512, embed_dim=128, sines_and_contrast=True, caption_layers=1, caption_length=80),
+}
+
+HUB = "https://huggingface.co"
+BERT = (f"{HUB}/google/bert_uncased_L-4_H-256_A-4/resolve/main/vocab.txt",
+        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
+UCSC = f"{HUB}/UCSC-VLAA"
+L_14_224 = (f"{UCSC}/ViT-L-14-CLIPS-224-Recap-DataComp-1B/resolve/main/open_clip_pytorch_model.bin", None)
+L_14_336 = (f"{UCSC}/ViT-L-14-CLIPS-Recap-DataComp-1B/resolve/main/open_clip_pytorch_model.bin", None)
+H_14_224 = (f"{UCSC}/ViT-H-14-CLIPS-224-Recap-DataComp-1B/resolve/main/open_clip_pytorch_model.bin", None)
+PUBLISHED = {  # the files of a published model: (address, SHA-256 where one is known)
+    "vit-l-14-224": {"source": L_14_224, "vocab": BERT},
+    "vit-l-14-336": {"source": L_14_336, "vocab": BERT},
+    "vit-h-14-224": {"source": H_14_224, "vocab": BERT},
+}
+
+# What train.py uses unless told otherwise. files: what a run starts from; tokenizer: the kind of their vocabulary;
+# image_lr: the image tower's rate, in multiples of lr; scratch: what changes with --scratch, which starts from nothing.
+FINE = dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="wordpiece-clips",
+            scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
+RECIPES = {
+    "vit-l-14-224": dict(FINE, files=PUBLISHED["vit-l-14-224"]),
+    "vit-l-14-336": dict(FINE, files=PUBLISHED["vit-l-14-336"]),
+    "vit-h-14-224": dict(FINE, files=PUBLISHED["vit-h-14-224"]),
+    "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=1.0, weight_decay=0.05, warmup=0.1),
 }
 
 
-def sizes(cls):
-    """The configurations of a model class, by name."""
-    return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
-
-
-def find_config(config, cls):
-    """A Config of this class, or the name of one."""
-    if isinstance(config, str) and config not in sizes(cls):
-        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(sizes(cls))}")
-    if not isinstance(config, (str, cls.Config)):
-        raise ValueError(f"{cls.__name__} is made of a {cls.Config.__name__}, got a {type(config).__name__}")
-    return CONFIGS[config] if isinstance(config, str) else config
-
-
 @torch.no_grad()
-def head_start(encoder, grid):
-    """Give an image tower what a ViT learns first, where it has minutes instead of days. All of it goes on learning.
+def sines_and_contrast(encoder, grid):
+    """Start an image tower with what a ViT learns first: without it, the tiny size learns colours but hardly any shape.
 
     Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three
-    quarters lose their mean and become six times as strong, so that contrast is heard beside brightness. Without it the
-    tiny size learns colours in its eight epochs, but hardly any shape.
+    quarters lose their mean and become six times as strong, so that contrast counts beside brightness.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
     quarter = table.shape[1] // 4
@@ -699,61 +617,41 @@ def head_start(encoder, grid):
     contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
 
 
-def hub(name, file, sha256=None):
-    return f"https://huggingface.co/{name}/resolve/main/{file}", sha256
-
-
-VOCABULARY = hub("google/bert_uncased_L-4_H-256_A-4", "vocab.txt",  # BERT's
-                 "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
-PUBLISHED = {  # name: its files (address, SHA-256, of which none is published for the weights)
-    name: {"source": hub(f"UCSC-VLAA/{repository}", "open_clip_pytorch_model.bin"), "vocab": VOCABULARY}
-    for name, repository in (("vit-l-14-224", "ViT-L-14-CLIPS-224-Recap-DataComp-1B"),
-                             ("vit-l-14-336", "ViT-L-14-CLIPS-Recap-DataComp-1B"),
-                             ("vit-h-14-224", "ViT-H-14-CLIPS-224-Recap-DataComp-1B"))}
-
-# What train.py uses unless told otherwise. `files`: what to start from; `tokenizer`: what its vocabulary is for;
-# `image_lr`: the image tower's rate, in multiples of lr; `scratch`: what differs with --scratch, which starts from
-# nothing.
-RECIPES = {
-    **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="wordpiece-clips",
-                  files=files, scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
-       for name, files in PUBLISHED.items()},
-    "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=1.0, weight_decay=0.05, warmup=0.1),
-}
+def load(source, device=None):
+    """A checkpoint of train.py, its run's folder, or a name of PUBLISHED -> model, tokenizer, preprocess."""
+    import data  # only here, so that the rest of the file needs nothing but torch
+    return data.load_model(CLIPS, Config, PUBLISHED, RECIPES, source, device)
 
 
 class ZeroShotPipeline:
     """The shortest way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
-    def __init__(self, checkpoint):
-        import train  # not at the top: this file works without its siblings
-        self.model, self.tokenizer, self.preprocess = train.load(checkpoint)
+    def __init__(self, source, device=None):
+        self.model, self.tokenizer, self.preprocess = load(source, device)
 
     @torch.no_grad()
-    def cosines(self, image, labels):
-        image_features = self.model.encode_image(self.preprocess(image)[None])
-        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer))
-        return self.model.similarity(image_features, text_features)[0]  # (labels,)
+    def scores(self, image, labels):
+        """image: a path or a PIL image; labels: texts -> [(label, probability, cosine), ...], best first."""
+        device = self.model.logit_scale.device
+        image_features = self.model.encode_image(self.preprocess(image)[None].to(device))
+        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer).to(device))
+        cosines = self.model.similarity(image_features, text_features)[0]
+        probabilities = (self.model.logit_scale.exp() * cosines).softmax(dim=0)
+        return sorted(zip(labels, probabilities.tolist(), cosines.tolist()), key=lambda row: -row[1])
 
-    @torch.no_grad()
     def predict(self, image, labels, top_k=5):
-        """image: a path or a PIL image; labels: two texts or more -> the top_k (label, probability), best first."""
-        if isinstance(labels, str) or len(labels) < 2:
-            raise ValueError(f"predict compares labels: expected a list of two or more, got {labels!r}")
-        probabilities = (self.model.logit_scale.exp() * self.cosines(image, labels)).softmax(dim=0)
-        return [(labels[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:top_k]]
+        return [(label, probability) for label, probability, _ in self.scores(image, labels)[:top_k]]
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 5:
         sys.exit('usage: python clips.py CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
-    checkpoint, image, *labels = sys.argv[1:]
+    source, image, *labels = sys.argv[1:]
     try:
-        pipeline = ZeroShotPipeline(checkpoint)
-        cosines = pipeline.cosines(image, labels)
-        probabilities = (pipeline.model.logit_scale.detach().exp() * cosines).softmax(dim=0)
-        for i in probabilities.argsort(descending=True).tolist():
-            print(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}  {labels[i]}")
+        pipeline = ZeroShotPipeline(source)
+        for label, probability, cosine in pipeline.scores(image, labels):
+            print(f"{probability:7.1%}  cosine {cosine:+.3f}  {label}")
         if pipeline.model.captioner is not None:
-            print("says:", *pipeline.model.caption(pipeline.preprocess(image)[None], pipeline.tokenizer))
+            pixels = pipeline.preprocess(image)[None].to(pipeline.model.logit_scale.device)
+            print("says:", *pipeline.model.caption(pixels, pipeline.tokenizer))
     except ValueError as error:
         sys.exit(f"clips.py: {error}")

@@ -3,29 +3,29 @@
 liteCLIP is shreydan's (github.com/shreydan/liteCLIP), after CLIP (Radford et al., arXiv 2103.00020).
 Image tower: ConvNeXt-T (Liu et al., arXiv 2201.03545). Text tower: BERT-mini (Turc et al., arXiv 1908.08962).
 
-The idea: CLIP does not need its own architecture or 400 million pairs. Take a ConvNet that knows ImageNet and a BERT
-that knows English, put a small head on each, and let 6,000 captioned photographs line the two up.
+The idea: CLIP needs neither its own architecture nor 400 million pairs. Take a ConvNet that knows ImageNet and a BERT
+that knows English, put a small head on each, and let 6,000 captioned photographs align the two.
 
-    image    u = head_i( ConvNeXt(image) )        mean over the last feature map, then LayerNorm      (B, E)
-    text     v = head_t( BERT(tokens) )           mean over the tokens that are no padding            (B, E)
+    image    u = head_i( ConvNeXt(image) )        mean over the last feature map, then LayerNorm                  (B, E)
+    text     v = head_t( BERT(tokens) )           mean over the tokens that are not padding                       (B, E)
     head     p = W x + b;   head(x) = p + LayerNorm(dropout(GELU(p)))        norm in the branch, not after the sum
-    logits   s_ij = exp(logit_scale) * u_i . v_j  with u and v of length 1                            (B, B)
-    loss     1/2 [ CE(rows of s, diagonal) + CE(columns of s, diagonal) ]                             CLIP, Fig. 3
+    logits   s_ij = exp(logit_scale) * u_i . v_j  with u and v of length 1                                        (B, B)
+    loss     1/2 [ CE(rows of s, diagonal) + CE(columns of s, diagonal) ]                                   CLIP, Fig. 3
 
 Shapes: B batch, S image side, C channels, h x w feature map, L text tokens (N in Attention), D width, H attention
 heads, E embedding, W processes, I images, T texts.
 
-How to read it: beside clip.py. New are both towers (a ConvNet instead of a ViT; BERT reads in both directions and its
-output is averaged, where CLIP's text tower is causal and takes the end token) and the two heads. The loss is the same.
+Read it beside clip.py. New are both towers (a ConvNet instead of a ViT; a BERT, which reads in both directions and is
+averaged, where CLIP's text tower is causal and takes the end token) and the two heads. The loss is the same.
 
 It computes what the published code computes (tests/golden holds the values). What differs:
-  - BERT's pooler, which nothing ever used, is left out: 39,188,577 parameters of the published 39,254,369;
+  - BERT's pooler, which is never used, is left out: 39,188,577 parameters of the published 39,254,369;
   - negatives come from the whole batch of all processes (there: from one GPU's part of it);
   - data.py splits by image (the notebook splits by caption, so its validation images were trained on), and an image
     gives one caption an epoch, with a random crop and flip (there: five rows, no augmentation);
   - AdamW with warm-up, cosine and gradient clipping, logit_scale at most ln 100 (there: Adam at a constant 2e-4);
   - the ImageNet weights are torchvision's, not Facebook's;
-  - fresh towers (`small`, `tiny`, --scratch) start as in `init_weights`; the published model never starts fresh.
+  - new towers (`small`, `tiny`, --scratch) start as in `init_weights`; the published model never starts from nothing.
 
     python train.py                                        # the tiny one on generated pictures: 3 minutes
     python train.py --model liteclip --data flickr8k       # the real one, from ImageNet and BERT-mini weights
@@ -48,11 +48,11 @@ class Config:
     image_size: int = 224
     depths: tuple = (3, 3, 9, 3)         # blocks in each stage; every stage but the first halves the resolution
     dims: tuple = (96, 192, 384, 768)    # channels of each stage
-    layer_scale: float = 1e-6            # near 0, blocks start as the identity; small fresh towers learn faster with 1
+    layer_scale: float = 1e-6            # the initial gamma: near 0 a block starts as the identity; small towers want 1
     vocab_size: int = 30522
     pad_id: int = 0
-    context_length: int = 128            # longer texts are cut here; BERT's table has more positions than that
-    positions: int = 512                 # rows of BERT's table
+    context_length: int = 128            # longer texts are cut to this
+    positions: int = 512                 # rows of BERT's table of positions
     text_width: int = 256
     text_layers: int = 4
     text_heads: int = 4
@@ -110,7 +110,7 @@ class PostBlock(nn.Module):
 # --- the two towers -------------------------------------------------------------------------------------------------
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, h, w). On channels_last tensors, nothing is copied."""
+    """LayerNorm over the channels of (B, C, h, w). Nothing is copied if the tensor is channels_last."""
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -138,7 +138,7 @@ class ImageEncoder(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=4), ChannelNorm(dims[0], eps=1e-6))
         self.stages = nn.ModuleList()
         for i, depth in enumerate(config.depths):
-            stage = nn.Module()  # a place for two names, the published ones
+            stage = nn.Module()  # it only holds two names, as published
             stage.downsample = nn.Identity() if i == 0 else nn.Sequential(
                 ChannelNorm(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dims[i], kernel_size=2, stride=2))
             stage.blocks = nn.Sequential(*[ConvBlock(dims[i], config.layer_scale) for _ in range(depth)])
@@ -153,9 +153,9 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """BERT: tokens (B, L), padded with `pad_id` -> (B, D), the mean over the tokens that are no padding.
+    """BERT: tokens (B, L), padded with `pad_id` -> (B, D), the mean over the tokens that are not padding.
 
-    The mask follows from the ids, so padding never changes a feature: a batch need only be as long as its longest text.
+    The mask follows from the ids, so padding never changes a feature: a batch is as long as its longest text.
     """
     def __init__(self, config):
         super().__init__()
@@ -165,9 +165,8 @@ class TextEncoder(nn.Module):
         self.token_type_embedding = nn.Embedding(2, width)  # BERT's "sentence A" and "B"; a caption is A
         self.ln_embed = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([
-            PostBlock(width, config.text_heads, config.text_mlp, 1e-12, config.dropout)
-            for _ in range(config.text_layers)])
+        self.blocks = nn.ModuleList(PostBlock(width, config.text_heads, config.text_mlp, 1e-12, config.dropout)
+                                    for _ in range(config.text_layers))
 
     def forward(self, tokens):
         visible = tokens != self.pad_id  # (B, L)
@@ -192,16 +191,15 @@ class Head(nn.Module):
         return p + self.ln(self.dropout(F.gelu(p)))
 
 
-# --- over several processes, in full precision ----------------------------------------------------------------------
+# --- several processes, full precision ------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
-    Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
+    Every process brings the same B. Why the gradient is exact: process r has the loss l_r of its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up, over q, what comes through the gathered copies; what
-    comes through the rows of l_r itself, autograd adds; and DDP, which averages gradients over the processes, supplies
-    1/W.
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward pass below sums, over q, the part that flows through the gathered
+    copies. Autograd adds the part that flows through the rows of l_r. DDP averages gradients, which is the 1/W.
     """
     @staticmethod
     def forward(ctx, x):
@@ -211,7 +209,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd's own tensor is not ours to change
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd still needs its own tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -221,12 +219,12 @@ def gather(x):
 
 
 def upcast(x):
-    """Half types to fp32 and nothing else, so that a float64 model stays float64."""
+    """Half precision to fp32; fp32 and float64 stay what they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def full_precision(x):
-    """Switches autocast off on x's device: towers may run in bf16; normalising, similarities and the loss do not."""
+    """Without autocast: the towers may run in bf16, but not the normalisation, the similarities or the loss."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -237,10 +235,8 @@ def contrastive_loss(image_features, text_features, scale):
 
     image_features, text_features: (B, E) of length 1, row i of one belongs to row i of the other;
     scale: exp(logit_scale).
-    Local rows against the columns of all W processes. Features that are all alike give just ln(W B); an untrained
-    model lies a little above.
-    In fp32: in bf16 and at a scale of 100, logits of right pairs are wrong by up to 0.4, and this product costs next to
-    nothing.
+    Local rows against the columns of all W processes. If all features are alike, it is ln(W B).
+    In fp32, as in bf16 and at a scale of 100 the logits of matching pairs are wrong by up to 0.4.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
@@ -254,25 +250,22 @@ def contrastive_loss(image_features, text_features, scale):
 # --- the model ------------------------------------------------------------------------------------------------------
 
 class LiteCLIP(nn.Module):
-    """Two encoders, a head on each, and one learned number, logit_scale. For its methods see CLIP in clip.py."""
-    Config = Config
-    example_labels = "a photo of a dog", "a photo of a cat"
-
+    """Two encoders, a head on each, and one learned number, logit_scale."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
-        self.apply(init_weights)  # before the heads are made, which keep torch's own start
-        with torch.no_grad():  # with positions as large as words, learning starts far later
+        self.apply(init_weights)  # before the heads are made, which keep torch's initialisation
+        with torch.no_grad():  # with positions as large as words, learning starts much later
             self.text_encoder.positional_embedding.weight *= 0.1
             self.text_encoder.token_type_embedding.weight *= 0.1
         self.img_projection = Head(config.dims[-1], config)
         self.txt_projection = Head(config.text_width, config)
-        # A cosine lies in [-1, 1]; to be sure of anything, a loss needs a larger range, and how large is learned. As an
-        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
+        # Cosines lie in [-1, 1], too narrow for a confident softmax. How far to stretch them is learned, as an
+        # exponent, so that the factor stays positive. train.py keeps it at most 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        # The mean and spread of CLIP's own training pictures, which liteCLIP uses too, not ImageNet's.
+        # The mean and standard deviation of the pictures that CLIP was trained on: liteCLIP's too, not ImageNet's.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1), persistent=False)
 
@@ -286,9 +279,6 @@ class LiteCLIP(nn.Module):
 
     def encode_text(self, tokens):
         """int64 tokens from `tokenize`, (B, L), L at most the number of positions -> features of length 1, (B, E)."""
-        limit = self.config.positions
-        if tokens.ndim != 2 or tokens.shape[1] > limit:
-            raise ValueError(f"tokens must be (B, L) with L <= {limit}, got {tuple(tokens.shape)}")
         return self.normalize(self.txt_projection(self.text_encoder(tokens)))
 
     def similarity(self, image_features, text_features):
@@ -296,37 +286,31 @@ class LiteCLIP(nn.Module):
         with full_precision(image_features):
             return upcast(image_features) @ upcast(text_features).T
 
-    def forward(self, images, tokens):
-        """images (B, 3, S, S) and their captions (B, L) -> {"loss": this process's rows against all columns}.
+    def logits(self, images, tokens):
+        """I images, T texts -> scaled cosines (I, T): their softmax over T is the probability of each text."""
+        return self.logit_scale.exp() * self.similarity(self.encode_image(images), self.encode_text(tokens))
 
-        A dict, because other models of the family have several terms, which their class names in `terms`.
-        """
+    def forward(self, images, tokens):
+        """images (B, 3, S, S) and their captions (B, L) -> {"loss": ...}; other models add the terms of the sum."""
         return self.loss(**self.encode(images, tokens))
 
     def encode(self, images, tokens):
-        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
-        samples at a time, and `loss` for all.
-        """
+        """What each sample contributes to the loss. To save memory, train.py calls it for a few samples at a time."""
+        if len(images) != len(tokens):
+            raise ValueError(f"{len(images)} images and {len(tokens)} captions; expected one caption for each image")
         return {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
 
     def loss(self, image_features, text_features):
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
-
-    def chance_loss(self, batch):
-        """The contrastive loss of a model that tells nothing apart: all its features are alike."""
-        return math.log(batch)
 
     @staticmethod
     def normalize(x):
         with full_precision(x):
             return F.normalize(upcast(x), dim=-1)
 
-    # --- texts: which captions this model wants, and the special tokens around their pieces ---
-
     def tokenize(self, texts, tokenizer):
-        """Texts -> int64 (B, L): start, pieces, end; cut to context_length with the end kept; padded to the longest."""
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
+        """Texts, or one -> int64 (B, L): start, pieces, end; cut to context_length, keeping the end; padded."""
+        texts = [texts] if isinstance(texts, str) else texts
         room = self.config.context_length - 2
         pieces = [tokenizer.encode(text) for text in texts]
         cut = sum(len(p) > room for p in pieces)
@@ -339,42 +323,38 @@ class LiteCLIP(nn.Module):
         return tokens
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: one caption of each sample, drawn by that sample's own generator.
-
-        samples: of data.py, each a picture's texts; rngs: a random.Random for each.
-        """
+        """What `forward` needs besides the images: a caption of each sample of data.py, drawn by its own generator."""
         return {"tokens": self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)}
 
-    # --- weights from elsewhere ---
+    # --- published weights --------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, source, config="liteclip"):
-        """A published liteCLIP checkpoint (path or state dict), loaded strictly; config: a Config or its name."""
-        model = cls(find_config(config, cls))
-        load_strictly(model, arrange(rename(read_state(source))))
-        return model.eval()
-
-    @classmethod
-    def from_backbones(cls, imagenet, bert, config="liteclip"):
-        """Where training starts, as in the published recipe: trained towers, fresh heads, in training mode.
-
-        imagenet: torchvision's `convnext_tiny` weights; bert: BERT-mini's; each a path or a state dict. Strict: a file
-        must hold its whole tower; its classifier is dropped by name.
-        """
-        model = cls(find_config(config, cls))
-        convnext = rename(read_state(imagenet))
-        load_strictly(model.image_encoder, {name: value.flatten() if name.endswith(".gamma") else value
-                                            for name, value in convnext.items()})  # torchvision's gamma is (C, 1, 1)
-        load_strictly(model.text_encoder, arrange(rename(read_state(bert))))
-        return model
+        """A published checkpoint, loaded strictly: a name of PUBLISHED, a file or a state dict."""
+        model = cls(config if isinstance(config, Config) else CONFIGS[config])
+        return load_weights(model, read_weights(source, NAMES))
 
 
-# --- reading published weights --------------------------------------------------------------------------------------
+def from_backbones(imagenet, bert, config="liteclip"):
+    """A LiteCLIP as its training starts: pretrained towers, new heads.
 
-DROPPED = r"(^|\.)(pooler|cls)\.|position_ids$|^classifier\.2\."  # BERT's other heads, ImageNet's classes: never used
-NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
+    imagenet: torchvision's `convnext_tiny` weights; bert: BERT-mini's; files or state dicts. Strict: each must hold its
+    whole tower. What else is in them is dropped.
+    """
+    model = LiteCLIP(config if isinstance(config, Config) else CONFIGS[config])
+    convnext = read_weights(imagenet, NAMES)
+    load_weights(model.image_encoder, {name: value.flatten() if name.endswith(".gamma") else value
+                                       for name, value in convnext.items()})  # torchvision's gamma is (C, 1, 1)
+    load_weights(model.text_encoder, read_weights(bert, NAMES))
+    return model.train()
+
+
+NAMES = [  # (a pattern in the published name, what it becomes here), all applied in this order:
     # image_encoder.backbone.stages.0.blocks.1.mlp.fc1.weight -> image_encoder.stages.0.blocks.1.mlp.c_fc.weight
-    (r"^(module\.|_orig_mod\.)+", ""), (r"_encoder\.backbone\.", "_encoder."), (r"^bert\.", ""),
+    (r"^(module\.|_orig_mod\.)+", ""),
+    # BERT's other heads and ImageNet's classes, which are never used
+    (r"^(.*\.)?(pooler|cls)\..*$|^.*\bposition_ids$|^classifier\.2\..*$", ""),
+    (r"_encoder\.backbone\.", "_encoder."), (r"^bert\.", ""),
     # BERT, as Hugging Face names it (files of 2019 call a norm's weight gamma and its bias beta)
     (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"),
     (r"embeddings\.LayerNorm\.", "ln_embed."), (r"embeddings\.word_embeddings\.", "token_embedding."),
@@ -396,79 +376,44 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all are ap
 ]
 
 
-def rename(state, names=NAMES):
-    """A state dict in published names -> the same tensors in the names of this file."""
+def read_weights(source, names):
+    """A name of PUBLISHED, a file or a state dict -> its tensors in the names of this file. Runs no code from a file.
+
+    names: pairs of a pattern and its replacement, all applied in this order; a name that becomes empty is dropped.
+    """
+    if isinstance(source, str) and source in PUBLISHED:
+        import data  # only here, so that the rest of the file needs nothing but torch
+        source = data.fetch(PUBLISHED[source])["source"]
+    if str(source)[-12:] == ".safetensors":
+        from safetensors.torch import load_file  # pip install safetensors
+        source = load_file(source)
+    state = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
     renamed = {}
-    for name, value in state.items():
-        if re.search(DROPPED, name):
-            continue
+    for name, value in state.get("state_dict", state).items():
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
-        if name in renamed:
-            raise ValueError(f"two tensors of the weights would both be {name}")
         renamed[name] = value
+    renamed.pop("", None)
     return renamed
 
 
-def arrange(state):
-    """The layout of this file: queries, keys and values in one matrix; transposed matrices turned back."""
-    arranged = {}
-    for name, value in state.items():
-        if name.endswith(".T"):  # Hugging Face's projections
-            name, value = name[:-2], value.T
-        elif name.endswith("class_embedding"):  # (1, 1, D) in some files
-            value = value.flatten()
-        elif name.endswith("positional_embedding"):  # (1, N, D) in some files
-            value = value.reshape(-1, value.shape[-1])
-        elif re.search(r"\.[kv]_proj\.", name) and re.sub(r"\.[kv]_proj\.", ".q_proj.", name) in state:
-            continue  # joined to its q_proj, in the next lines
-        elif ".q_proj." in name:
-            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks: a wrong shape
-        arranged[name] = value
-    return arranged
+def load_weights(model, state):
+    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit.
 
-
-def read_state(source):
-    """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
-    what, state = ("the source", source) if isinstance(source, dict) else (source, None)
-    try:
-        if state is None and str(source).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            state = load_file(source)
-        elif state is None:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{source}: no such file") from None
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{source}: reading it needs a package; pip install {error.name.split('.')[0]}") from None
-    except Exception as error:  # these libraries raise half a dozen types for a file that is no checkpoint
-        raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
-                         "file that holds tensors alone") from None
-    if isinstance(state, dict) and "tokenizer" in state:
-        raise ValueError(f"{what} was written by train.py: use train.load")
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{what} holds other things than tensors by name; expected a state dict")
-    return state
-
-
-def load_strictly(model, state):
-    """Every tensor of the model from `state` and none left over, or a ValueError that lists what does not fit."""
+    Queries, keys and values become one matrix; ".T" at the end of a name marks a transposed matrix; embeddings may have
+    additional axes of length 1.
+    """
     own = model.state_dict()
-    groups = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "wrong shape": [f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-                        for name in own if name in state and state[name].shape != own[name].shape],
-    }
-    if any(groups.values()):
-        raise ValueError(f"the weights do not fit {type(model).__name__}:" + "".join(
-            f"\n  {len(names)} {group}: " + "; ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            for group, names in groups.items() if names))
+    for name in list(state):
+        if ".q_proj." in name:
+            parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+            state[name.replace(".q_proj.", ".in_proj.")] = torch.cat(parts)
+        elif name.endswith(".T"):
+            state[name.removesuffix(".T")] = state.pop(name).T
+        elif "embedding" in name and name in own and state[name].numel() == own[name].numel():
+            state[name] = state[name].reshape(own[name].shape)
     model.load_state_dict(state)
+    return model.eval()
 
 
 # --- sizes, and how each is trained ---------------------------------------------------------------------------------
@@ -482,26 +427,31 @@ CONFIGS = {
                    dropout=0.0),
 }
 
+HUB = "https://huggingface.co"
+BERT_MINI = f"{HUB}/google/bert_uncased_L-4_H-256_A-4/resolve/main"
+VOCABULARY = (f"{BERT_MINI}/vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
+LITECLIP2 = "https://github.com/shreydan/liteCLIP/releases/download/model/liteclip2.pt"
+PUBLISHED = {"liteclip": {"source": (LITECLIP2, None), "vocab": VOCABULARY}}  # files: (address, SHA-256 if known)
 
-def sizes(cls):
-    """The configurations of a model class, by name."""
-    return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
-
-
-def find_config(config, cls):
-    """A Config of this class, or the name of one."""
-    if isinstance(config, str) and config not in sizes(cls):
-        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(sizes(cls))}")
-    if not isinstance(config, (str, cls.Config)):
-        raise ValueError(f"{cls.__name__} is made of a {cls.Config.__name__}, got a {type(config).__name__}")
-    return CONFIGS[config] if isinstance(config, str) else config
+# What train.py uses unless told otherwise. files: what a run starts from; tokenizer: the kind of their vocabulary;
+# image_lr: the image tower's rate, in multiples of lr; scratch: what changes with --scratch, which starts from nothing.
+# A new ConvNet learns best at twice the rate that a post-LN transformer can stand: with one rate for both, one seed in
+# three had not learned the shapes in time.
+RECIPES = {
+    # 25 epochs of one caption an image see as many captions as the published five epochs of five rows an image
+    "liteclip": dict(batch=64, epochs=25, lr=2e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1, tokenizer="wordpiece",
+                     files={"imagenet": ("https://download.pytorch.org/models/convnext_tiny-983f1562.pth", "983f1562"),
+                            "bert": (f"{BERT_MINI}/pytorch_model.bin", None), "vocab": VOCABULARY}),
+    "small": dict(batch=64, epochs=40, lr=1e-3, image_lr=2.0, weight_decay=0.1, warmup=0.05),
+    "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=2.0, weight_decay=0.05, warmup=0.1),
+}
 
 
 def init_weights(module):
-    """Fresh towers: normal weights of std inputs^-1/2, embeddings of std width^-1/2, zero biases.
+    """New towers: normal weights with a std of inputs^-1/2, embeddings of width^-1/2, zero biases.
 
-    Not BERT's and ConvNeXt's std of 0.02, which suits wide towers and long training. Depthwise filters start with a
-    mean of zero: they see contrast and not brightness, and a small tower learns shapes sooner.
+    BERT's and ConvNeXt's own std of 0.02 suits wide towers and long training. Depthwise filters start with a mean of
+    zero: they see contrast and not brightness, and a small tower learns shapes sooner.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -513,58 +463,37 @@ def init_weights(module):
         nn.init.trunc_normal_(module.weight, std=module.embedding_dim ** -0.5)
 
 
-def hub(name, file, sha256=None):
-    return f"https://huggingface.co/{name}/resolve/main/{file}", sha256
-
-
-BERT_MINI = "google/bert_uncased_L-4_H-256_A-4"
-# What train.py uses unless told otherwise. `files`: what to start from; `tokenizer`: what its vocabulary is for;
-# `image_lr`: the image tower's rate, in multiples of lr; `scratch`: what differs with --scratch, which starts from
-# nothing. A fresh ConvNet learns best at twice the rate that a post-LN transformer can stand: with one rate
-# for both, one seed in three had not learned the shapes in time.
-RECIPES = {
-    # 25 epochs of one caption an image see as many captions as the published five epochs of five rows an image
-    "liteclip": dict(batch=64, epochs=25, lr=2e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1,
-                     tokenizer="wordpiece", files={
-        "imagenet": ("https://download.pytorch.org/models/convnext_tiny-983f1562.pth", "983f1562"),
-        "bert": hub(BERT_MINI, "pytorch_model.bin"),
-        "vocab": hub(BERT_MINI, "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-    }),
-    "small": dict(batch=64, epochs=40, lr=1e-3, image_lr=2.0, weight_decay=0.1, warmup=0.05),
-    "tiny": dict(batch=64, epochs=8, lr=1e-3, image_lr=2.0, weight_decay=0.05, warmup=0.1),
-}
+def load(source, device=None):
+    """A checkpoint of train.py, its run's folder, or a name of PUBLISHED -> model, tokenizer, preprocess."""
+    import data  # only here, so that the rest of the file needs nothing but torch
+    return data.load_model(LiteCLIP, Config, PUBLISHED, RECIPES, source, device)
 
 
 class ZeroShotPipeline:
     """The shortest way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
-    def __init__(self, checkpoint):
-        import train  # not at the top: this file works without its siblings
-        self.model, self.tokenizer, self.preprocess = train.load(checkpoint)
+    def __init__(self, source, device=None):
+        self.model, self.tokenizer, self.preprocess = load(source, device)
 
     @torch.no_grad()
-    def cosines(self, image, labels):
-        image_features = self.model.encode_image(self.preprocess(image)[None])
-        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer))
-        return self.model.similarity(image_features, text_features)[0]  # (labels,)
+    def scores(self, image, labels):
+        """image: a path or a PIL image; labels: texts -> [(label, probability, cosine), ...], best first."""
+        device = self.model.logit_scale.device
+        image_features = self.model.encode_image(self.preprocess(image)[None].to(device))
+        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer).to(device))
+        cosines = self.model.similarity(image_features, text_features)[0]
+        probabilities = (self.model.logit_scale.exp() * cosines).softmax(dim=0)
+        return sorted(zip(labels, probabilities.tolist(), cosines.tolist()), key=lambda row: -row[1])
 
-    @torch.no_grad()
     def predict(self, image, labels, top_k=5):
-        """image: a path or a PIL image; labels: two texts or more -> the top_k (label, probability), best first."""
-        if isinstance(labels, str) or len(labels) < 2:
-            raise ValueError(f"predict compares labels: expected a list of two or more, got {labels!r}")
-        probabilities = (self.model.logit_scale.exp() * self.cosines(image, labels)).softmax(dim=0)
-        return [(labels[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:top_k]]
+        return [(label, probability) for label, probability, _ in self.scores(image, labels)[:top_k]]
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 5:
         sys.exit('usage: python liteclip.py CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
-    checkpoint, image, *labels = sys.argv[1:]
+    source, image, *labels = sys.argv[1:]
     try:
-        pipeline = ZeroShotPipeline(checkpoint)
-        cosines = pipeline.cosines(image, labels)
-        probabilities = (pipeline.model.logit_scale.detach().exp() * cosines).softmax(dim=0)
-        for i in probabilities.argsort(descending=True).tolist():
-            print(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}  {labels[i]}")
+        for label, probability, cosine in ZeroShotPipeline(source).scores(image, labels):
+            print(f"{probability:7.1%}  cosine {cosine:+.3f}  {label}")
     except ValueError as error:
         sys.exit(f"liteclip.py: {error}")

@@ -1,16 +1,16 @@
-"""ProLIP: a Gaussian for each image and text, in the place of a point.
+"""ProLIP: a Gaussian for each image and text instead of a point.
 
 Chun, Kim, Park, Yun, "Probabilistic Language-Image Pre-Training", arXiv 2410.18857 (ICLR 2025); and for long texts
 "LongProLIP", arXiv 2503.08048.
 
 The idea: "a shape" is true of a million pictures, "a large striped red star above a blue moon" of few. A point cannot
-say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how surely. In a batch
-a text is called right for one picture and wrong for all others, though a vague one fits many; a large variance lowers
-its similarity to all of them, so with it the model can hedge. (The published models do; in the tiny one variance marks
-what was masked: docs/claims.md has the figures.)
+say so. Let each encoder return a Gaussian with a diagonal covariance, N(mu, sigma^2): where, and how certain. In a
+batch a text counts as right for one picture and as wrong for all others, though a vague one fits many. A large variance
+lowers its similarity to all of them, so the model can hedge. (The published models do; in the tiny one the variance
+marks what was masked: docs/claims.md has the figures.)
 
     image    mu, v = ViT(image)          [CLS] gives the mean; a second token, [UNC], gives v = ln sigma^2        (B, E)
-    text     nu, w = Transformer(text)   the same, but that w is computed from nu: see TextEncoder               (B, E)
+    text     nu, w = Transformer(text)   the same, except that w is computed from nu: see TextEncoder             (B, E)
     CSD      d_ij = mu_i . nu_j - 1/2 sum_e (exp v_ie + exp w_je)         with means of length 1                  (B, B)
     loss     sum over all pairs of -ln sigmoid(y_ij (s d_ij + b)) / B,    y = 1 on the diagonal, else -1          (PPCL)
              + alpha_1 inclusion(image in its text)
@@ -20,39 +20,35 @@ what was masked: docs/claims.md has the figures.)
 
 s = exp(logit_scale), b = logit_bias. CSD: closed-form sampled distance (1 - E|x_i - y_j|^2 / 2 for samples x_i, y_j: a
 similarity here, larger is nearer), PPCL: probabilistic pairwise contrastive loss, VIB: variational information
-bottleneck. T(p, q) > T(q, p), in each dimension, where q is the wider: then p lies in q. A caption leaves much open, so
-its picture should lie in it; an input with parts masked could have been many things, so the original should lie in it.
+bottleneck. In each dimension T(p, q) > T(q, p) if q is the wider: then p lies in q. A caption leaves much open, so its
+picture should lie in it. An input with parts masked could have been many things, so the original should lie in it.
 
 Shapes: B batch, S image side, P patch side, N image tokens ([CLS], [UNC], patches), L text tokens, D width,
 H attention heads, E embedding, K kept patches, W processes, I images, T texts.
 
-How to read it: beside clip.py. Attention, MLP and Block are the same; the encoders have one more token and one more
-output; the losses are the paper. What follows the model is for when you need it: published weights, sizes, recipes,
-re-weighted prompts.
+Read it beside clip.py. Attention, MLP and Block are the same; the encoders have one more token and one more output; the
+losses are the paper. What follows the model is for when you need it: published weights, sizes, re-weighted prompts.
 
 It computes what the published code computes (tests/golden holds the values). Kept as published, though the paper or the
 mathematics would have it otherwise:
-  - the inclusion test has twice the prefactor: see inclusion_test. With the published eps of -20 the means weigh next
-    to nothing in it, and its loss compares variances alone;
+  - the inclusion test has twice the prefactor: see inclusion_test. At the published eps of -20 the means have almost no
+    weight in it, and its loss compares variances only;
   - the KL has v / 2 where a Gaussian's has v: see vib;
   - masked texts lose 75 % of their words, as in the paper, but masked images only 25 % of their patches.
 What differs:
-  - every term means on W processes what it means on one (there, a ring exchange adds all terms but PPCL W times, and
+  - on W processes every term means what it means on one (there, a ring exchange adds all terms but PPCL W times, and
     pairs images and masked texts with other samples' texts);
-  - which samples are masked, and how, is drawn for each sample by itself (there: the first eighth of the batch, all
+  - which samples are masked, and how, is drawn for each sample separately (there: the first eighth of the batch, all
     with one set of patches), so that a batch stays the same however it is split;
-  - log-variances are kept within +-30, far from all that they take (there: a term that explodes is dropped);
-  - training: AdamW's second beta is .98 (there .95), and a batch is what your machine holds (there 16,384); the tiny
-    size begins with `head_start`.
+  - log-variances are kept within +-30, far from any value they take (there: a term that explodes is dropped);
+  - AdamW's second beta is .98 (there .95); the tiny size starts with `sines_and_contrast`.
 
     python train.py --model prolip                                     # the tiny one on generated pictures: 5 minutes
     python train.py --model prolip --config vit-b-16 --data flickr8k   # goes on from the released weights
     python prolip.py runs/prolip-shapes/best.pt photo.png "a red star" "some shapes"
-    python tests/claims.py prolip                                      # the paper's claims, on shapes
+    python experiments/claims.py prolip                                # the paper's claims, on shapes
 """
-import json
 import math
-import os
 import re
 import sys
 import warnings
@@ -74,10 +70,10 @@ class Config:
     image_heads: int = 12
     image_mlp: int = 3072            # the hidden width
     vocab_size: int = 32100
-    pad_id: int = 1                  # attended to like any word, so which id it is matters
+    pad_id: int = 1                  # it is attended to like a word, so the id matters
     end_id: int = 1
     mask_id: int = 32000
-    context_length: int = 64         # longer texts are cut here, shorter ones filled
+    context_length: int = 64         # longer texts are cut to this, shorter ones padded
     text_width: int = 768
     text_layers: int = 12
     text_heads: int = 12
@@ -85,9 +81,9 @@ class Config:
     embed_dim: int = 768
     activation: str = "gelu"
     text_eps: float = 1e-6           # of the text tower's norms; the image tower's have 1e-5
-    head_start: bool = False         # for a fresh small image tower: see the function of that name
-    logit_bias: float = -10.0        # at birth: nearly all pairs are wrong ones
-    log_var: float = -10.0           # at birth, in each dimension
+    sines_and_contrast: bool = False  # a better start for a small image tower: see the function of that name
+    logit_bias: float = -10.0        # the initial value: nearly all pairs are wrong ones
+    log_var: float = -10.0           # the initial value, in each dimension
     image_in_text: float = 1e-7      # alpha_1, the weight of "image in its text"
     original_in_masked: float = 1e-3  # alpha_2, of "original in its masked copy"
     vib: float = 1e-4                # beta, of the KL
@@ -165,14 +161,15 @@ class ImageEncoder(nn.Module):
         self.unc_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(2 + grid ** 2, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList([
-            Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation])
-            for _ in range(config.image_layers)])
+        self.blocks = nn.ModuleList(Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation])
+                                    for _ in range(config.image_layers))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         self.uncertainty_proj = nn.Linear(width, config.embed_dim)
         nn.init.normal_(self.uncertainty_proj.weight, std=width ** -0.5)
         nn.init.constant_(self.uncertainty_proj.bias, config.log_var)
+        if config.sines_and_contrast:
+            sines_and_contrast(self, grid)
 
     def forward(self, x, keep=None):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N - 2, D): a token for each patch
@@ -185,16 +182,16 @@ class ImageEncoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.ln_post(x[:, :2])
-        mean = self.ln_post(x[:, 0]) @ self.proj  # the norm twice: the released weights were trained so
+        mean = self.ln_post(x[:, 0]) @ self.proj  # the norm a second time, as in the published code
         return mean, variance_head(self.uncertainty_proj, x[:, 1])
 
 
 class TextEncoder(nn.Module):
     """A transformer without any mask: tokens (B, L), all of one length -> mean, log_var (B, E) each.
 
-    [UNC] and [CLS] follow the text. What the published code does, and its paper does not say: log_var is computed from
-    the mean before normalisation. [UNC] has an effect by being attended to, its own state is not used.
-    And padding is seen like words: a text must be filled to context_length, with pad_id.
+    [UNC] and [CLS] follow the text. The published code, unlike the paper, computes log_var from the mean before its
+    normalisation. [UNC] only takes part in the attention; its own state is not used. Padding is seen like words, so a
+    text must be padded to context_length with pad_id.
     """
     def __init__(self, config):
         super().__init__()
@@ -203,9 +200,9 @@ class TextEncoder(nn.Module):
         self.unc_embedding = nn.Parameter(0.01 * torch.randn(width))
         self.class_embedding = nn.Parameter(0.01 * torch.randn(width))
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length + 2, width))
-        self.blocks = nn.ModuleList([
+        self.blocks = nn.ModuleList(
             Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.activation], config.text_eps)
-            for _ in range(layers)])
+            for _ in range(layers))
         self.ln_final = nn.LayerNorm(width, eps=config.text_eps)
         self.text_projection = nn.Linear(width, config.embed_dim)
         self.text_uncertainty_projection = nn.Linear(config.embed_dim, config.embed_dim)
@@ -230,21 +227,20 @@ class TextEncoder(nn.Module):
 
 
 def variance_head(head, x):
-    """ln sigma^2, out of an fp32 product: near -10, bf16 has steps of 1/16, which are 6 % of sigma^2."""
+    """ln sigma^2, as an fp32 product: near -10, bf16 has steps of 1/16, which are 6 % of sigma^2."""
     with full_precision(x):
         return F.linear(upcast(x), upcast(head.weight), upcast(head.bias)).clamp(-30, 30)
 
 
-# --- over several processes, in full precision ----------------------------------------------------------------------
+# --- several processes, full precision ------------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
-    Every process brings the same B. Why the result is exact: process r has the loss l_r over its own B rows, and the
+    Every process brings the same B. Why the gradient is exact: process r has the loss l_r of its own B rows, and the
     loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward below adds up, over q, what comes through the gathered copies; what
-    comes through the rows of l_r itself, autograd adds; and DDP, which averages gradients over the processes, supplies
-    1/W.
+    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward pass below sums, over q, the part that flows through the gathered
+    copies. Autograd adds the part that flows through the rows of l_r. DDP averages gradients, which is the 1/W.
     """
     @staticmethod
     def forward(ctx, x):
@@ -254,7 +250,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd's own tensor is not ours to change
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd still needs its own tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -264,19 +260,19 @@ def gather(x):
 
 
 def upcast(x):
-    """Half types to fp32 and nothing else, so that a float64 model stays float64."""
+    """Half precision to fp32; fp32 and float64 stay what they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def full_precision(x):
-    """Switches autocast off on x's device: towers may run in bf16; normalising, similarities and the loss do not."""
+    """Without autocast: the towers may run in bf16, but not the normalisation, the similarities or the loss."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def mean_of_all(values, counted):
     """This process's share of the mean over all processes of values, where counted, bool of the same shape, is true.
 
-    DDP averages the shares of W processes: a share is the sum here, times W, over how many all of them count.
+    DDP averages the shares of W processes. So a share is the sum here, times W, divided by how many all of them count.
     """
     total, processes = counted.sum(), 1
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -302,8 +298,8 @@ def csd(one, other):
     """Gaussians (I, E) and (T, E) -> their similarity (I, T): cosine of the means, less half the sum of all variances.
 
     The closed form of a sampled distance: for x and y drawn from the two, and means of length 1,
-    E|x - y|^2 = 2 - 2 mu_x . mu_y + sum_e (sigma_x^2 + sigma_y^2). The variances are summed for each Gaussian before
-    they meet: no tensor of (I, T, E) is made.
+    E|x - y|^2 = 2 - 2 mu_x . mu_y + sum_e (sigma_x^2 + sigma_y^2). Each Gaussian's variances are summed first, so no
+    tensor of (I, T, E) is made.
     """
     with full_precision(one.mean):
         return upcast(one.mean) @ upcast(other.mean).T - (one.uncertainty[:, None] + other.uncertainty) / 2
@@ -312,7 +308,7 @@ def csd(one, other):
 def sigmoid_loss(similarities, first, scale, bias):
     """A yes or no for every pair of I images and T texts: is this its caption? Summed; the caller divides by B.
 
-    similarities: (I, T); the caption of image i is text first + i. first: 0, where one process has all texts to itself.
+    similarities: (I, T); the caption of image i is text first + i. first: 0 on one process.
     """
     own = torch.arange(first, first + len(similarities), device=similarities.device)
     y = torch.full_like(similarities, -1.0).scatter_(1, own[:, None], 1.0)
@@ -325,8 +321,8 @@ def pairwise_loss(image_features, text_features, scale, bias):
     image_features, text_features: Gaussians (B, E), row i of one belongs to row i of the other;
     scale: exp(logit_scale).
     Local images against the texts of all W processes; the sum over pairs is divided by B, not by the number of pairs.
-    With no variance it is SigLIP's sigmoid loss. Never negative; about 10 at birth, as a bias of -10 calls all B true
-    pairs wrong, at a cost of 10 each.
+    With no variance it is SigLIP's sigmoid loss. It starts at about 10: a bias of -10 calls all B true pairs wrong, at
+    a cost of 10 each.
     """
     with full_precision(image_features.mean):
         similarities = csd(image_features, Gaussian(*(gather(upcast(x)) for x in text_features)))  # (B, W B)
@@ -338,15 +334,15 @@ def inclusion_test(first, second, eps=0.0):
     """ln of the integral of p1^2 p2, up to a constant: large where `first` lies within `second`. For each dimension.
 
     first, second: Gaussians (..., E) -> (..., E). In each dimension test(first, second) - test(second, first) is
-    positive where `second` is the wider, at any eps and wherever the means lie: they change only by how much.
+    positive if `second` is the wider, at any eps and wherever the means lie. The means only change by how much.
     eps: 0 to ask a trained model, as in the published evaluation; -20 in training.
 
-    The integral has three factors; their logarithms are -v1 - v2 / 2, from the normalising constants (the prefactor);
+    The integral has three factors. Their logarithms are -v1 - v2 / 2, from the normalising constants (the prefactor);
     -1/2 ln a, where a = 1 / sigma1^2 + 1 / (2 sigma2^2); and -(mu1 - mu2)^2 / (sigma1^2 + 2 sigma2^2). The published
     code has twice the first, as if v were ln sigma, and the released weights were trained with it. Its eps multiplies
-    every 1 / sigma^2 by exp(eps). In the difference of the two tests that remains at the means alone, which at -20
-    weigh next to nothing. Written with exp(eps - v), as published, fp32 underflows at LongProLIP's eps of -100; what
-    stands here is the same, rearranged.
+    every 1 / sigma^2 by exp(eps). In the difference of the two tests eps cancels, except in front of the means: at -20
+    they have almost no weight. The published form, with exp(eps - v), underflows in fp32 at LongProLIP's eps of -100.
+    This is the same, rearranged.
     """
     (mu1, v1), (mu2, v2) = first, second
     log_a = torch.logaddexp(-v1, -v2 - math.log(2)) + eps
@@ -356,7 +352,7 @@ def inclusion_test(first, second, eps=0.0):
 def inclusion_loss(first, second, eps=-20.0, scale=1000.0):
     """-ln sigmoid(scale * H), H = test(1 in 2) - test(2 in 1), mean over the dimensions: (B, E) twice -> (B,).
 
-    At a scale of 1000 a hinge in each dimension: nothing where `second` is the wider one, linear where it is not.
+    At a scale of 1000 it is a hinge in each dimension: zero if `second` is the wider one, linear if it is not.
     """
     with full_precision(first.mean):
         first, second = Gaussian(*map(upcast, first)), Gaussian(*map(upcast, second))
@@ -367,8 +363,8 @@ def inclusion_loss(first, second, eps=-20.0, scale=1000.0):
 def vib(features):
     """KL to a standard normal, averaged over rows and dimensions: Gaussian (B, E) -> ().
 
-    Means of length 1 add a constant; what it does is to keep variances from vanishing.
-    With v / 2, that is ln sigma, where the KL of a Gaussian has v = ln sigma^2: so the published code has it.
+    Means of length 1 add a constant, so its effect is to keep variances from vanishing. The KL of a Gaussian has
+    v = ln sigma^2 where this has v / 2 = ln sigma: as in the published code.
     """
     with full_precision(features.mean):
         mu, t = upcast(features.mean), upcast(features.log_var) / 2
@@ -380,24 +376,18 @@ def vib(features):
 class ProLIP(nn.Module):
     """Two encoders of Gaussians, and two learned numbers, logit_scale and logit_bias.
 
-    For its methods see CLIP in clip.py. New: `classify`, by which train.py tells classes apart, and `terms`, its log's.
+    Its methods are those of CLIP in clip.py, and `classify`, which compares images with classes.
     """
-    Config = Config
-    terms = "ppcl", "image_in_text", "image_in_masked", "text_in_masked", "vib"
-    example_labels = "a photo of a dog", "a photo of a cat"
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
-        if config.head_start:
-            head_start(self.image_encoder, config.image_size // config.patch_size)
-        # A cosine lies in [-1, 1]; to be sure of anything, a loss needs a larger range, and how large is learned. As an
-        # exponent, so that it stays positive and moves by factors. train.py keeps it at most ln 100.
+        # Cosines lie in [-1, 1], too narrow for a confident softmax. How far to stretch them is learned, as an
+        # exponent, so that the factor stays positive. train.py keeps it at most 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
-        # The mean and spread of CLIP's own training pictures.
+        # The mean and standard deviation of the pictures that CLIP was trained on.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1), persistent=False)
 
@@ -425,14 +415,19 @@ class ProLIP(nn.Module):
     def similarity(self, image_features, text_features):
         """Gaussians (I, E), (T, E) -> CSD (I, T), in fp32: what ranks captions and images.
 
-        The candidates' variances matter to a ranking; the query's is the same for all of them, and does no harm.
+        In a ranking the candidates' variances count; the query's is the same for all of them.
         """
         return csd(image_features, text_features)
 
     def classify(self, image_features, text_features):
-        """Gaussians (I, E), (T, E) -> products of the means (I, T), in fp32: means alone, as published for classes."""
+        """Gaussians (I, E), (T, E) -> products of the means (I, T), in fp32: only means, as published for classes."""
         with full_precision(image_features.mean):
             return upcast(image_features.mean) @ upcast(text_features.mean).T
+
+    def logits(self, images, tokens):
+        """I images, T texts -> scaled and shifted CSD (I, T): the sigmoid is trained; a softmax ranks texts."""
+        similarities = self.similarity(self.encode_image(images), self.encode_text(tokens))
+        return self.logit_scale.exp() * similarities + self.logit_bias
 
     def forward(self, images, tokens, masked=None, masked_tokens=None, kept_patches=None):
         """images (B, 3, S, S) and their captions (B, L) -> {"loss": the sum of the others, "ppcl": ..., ...}.
@@ -442,14 +437,17 @@ class ProLIP(nn.Module):
         return self.loss(**self.encode(images, tokens, masked, masked_tokens, kept_patches))
 
     def encode(self, images, tokens, masked=None, masked_tokens=None, kept_patches=None):
-        """What each sample brings to the loss, batch first. Apart from `loss`, so that train.py can call it for a few
-        samples at a time, and `loss` for all. How far an original lies outside its masked copy concerns no other
-        sample, and is worked out here (a row for each masked sample).
+        """What each sample contributes to the loss. To save memory, train.py calls it for a few samples at a time.
+
+        How far an original lies outside its masked copy involves no other sample, so it is computed here, in a row for
+        each masked sample.
         """
+        if len(images) != len(tokens):
+            raise ValueError(f"{len(images)} images and {len(tokens)} captions; expected one caption for each image")
         features = {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
         if masked is not None:
             rows = masked.nonzero()[:, 0]
-            rows = rows if len(rows) else rows.new_zeros(1)  # one that will not count: attention needs a batch
+            rows = rows if len(rows) else rows.new_zeros(1)  # one that will not be counted: attention needs a batch
             image, text = (Gaussian(*(x[rows] for x in originals)) for originals in features.values())
             features["image_in_masked"] = self.inclusion(image, self.encode_image(images[rows], kept_patches[rows]))
             features["text_in_masked"] = self.inclusion(text, self.encode_text(masked_tokens[rows]))
@@ -471,21 +469,14 @@ class ProLIP(nn.Module):
         """How far each of the first Gaussians lies outside its counterpart, (B, E) twice -> (B,)."""
         return inclusion_loss(first, second, self.config.inclusion_eps, self.config.inclusion_scale)
 
-    def chance_loss(self, batch):
-        """The sigmoid loss of a model that tells no pairs apart and gives each the best probability, which is 1 / B."""
-        return math.log(batch) + (batch - 1) * math.log(batch / (batch - 1))
-
     @staticmethod
     def normalize(x):
         with full_precision(x):
             return F.normalize(upcast(x), dim=-1)
 
-    # --- texts: which captions this model wants, and the special tokens around their pieces ---
-
     def tokenize(self, texts, tokenizer):
-        """Texts -> int64 (B, context_length): pieces, end, padding (and a start, if the tokenizer has one)."""
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"texts must be a list of at least one text, got {texts!r}")
+        """Texts, or one -> int64 (B, context_length): pieces, end, padding (and a start, if the tokenizer has one)."""
+        texts = [texts] if isinstance(texts, str) else texts
         start = [] if tokenizer.start_id is None else [tokenizer.start_id]
         room = self.config.context_length - 1 - len(start)
         pieces = [tokenizer.encode(text) for text in texts]
@@ -499,10 +490,8 @@ class ProLIP(nn.Module):
         return tokens
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: a caption of each sample; which samples have a masked copy, about
-        every eighth; and what of text and image is left in it. All drawn by that sample's own generator.
-
-        samples: of data.py, each a picture's texts; rngs: a random.Random for each.
+        """What `forward` needs besides the images: a caption of each sample of data.py; which samples have a masked
+        copy, about every eighth; and what is left of text and image in it. All drawn by that sample's own generator.
         """
         config = self.config
         tokens = self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)
@@ -517,31 +506,22 @@ class ProLIP(nn.Module):
             kept[i] = torch.tensor(sorted(rngs[i].sample(range(patches), kept.shape[1])))
         return {"tokens": tokens, "masked": masked, "masked_tokens": masked_tokens, "kept_patches": kept}
 
-    # --- weights from elsewhere ---
+    # --- published weights --------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, source, config=None, cache="data/cache"):
-        """Published weights, loaded strictly.
+    def from_pretrained(cls, source, config=None):
+        """Published weights, loaded strictly: a name of PUBLISHED, or a file or a state dict in the published names.
+        config: a Config or its name; a published name implies it.
 
-        source: the name of a published model, such as "vit-b-16" (downloaded once, into `cache`, with its vocabulary);
-        or the path of a file, or of a folder with the hub's model.safetensors and config.json; or a state dict.
-        config: a Config or its name; without one, the size whose parameters have the names and shapes of the file's, or
-        else what the folder's config.json says. For a longer context_length than the file's, the text tower's table of
-        positions is stretched as LongProLIP's was; for another image_size, the image tower's is resized; each with a
-        warning.
+        For a longer context_length than the file's, the text tower's positions are stretched as LongProLIP's were; for
+        another image_size, the image tower's are resized.
         """
-        source, config = find_source(source, config, cls, cache)
-        folder = source if not isinstance(source, dict) and os.path.isdir(source) else None
-        state = arrange(rename(read_state(os.path.join(folder, "model.safetensors") if folder else source)))
-        if folder and config is None and fitting_config(state, cls) is None:
-            config = read_config(os.path.join(folder, "config.json"))
-        return build(cls, state, config, lambda state, model: stretch_texts(resize_positions(state, model), model))
+        model = cls(config if isinstance(config, Config) else CONFIGS[config or source])
+        state = read_weights(source, NAMES)
+        return load_weights(model, stretch_texts(model, resize_positions(model, state)))
 
 
-# --- reading published weights --------------------------------------------------------------------------------------
-
-DROPPED = r"(^|\.)position_ids$"
-NAMES = [  # (a pattern in the published name, what it becomes here), all are applied, in this order:
+NAMES = [  # (a pattern in the published name, what it becomes here), all applied in this order:
     # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
     (r"^(module\.|_orig_mod\.)+", ""),
     (r"^visual\.", "image_encoder."), (r"\btransformer\.resblocks\.", "blocks."), (r"\.in_proj_", ".in_proj."),
@@ -549,175 +529,76 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all are ap
 ]
 
 
-def rename(state, names=NAMES):
-    """A state dict in published names -> the same tensors in the names of this file."""
+def read_weights(source, names):
+    """A name of PUBLISHED, a file or a state dict -> its tensors in the names of this file. Runs no code from a file.
+
+    names: pairs of a pattern and its replacement, all applied in this order; a name that becomes empty is dropped.
+    """
+    if isinstance(source, str) and source in PUBLISHED:
+        import data  # only here, so that the rest of the file needs nothing but torch
+        source = data.fetch(PUBLISHED[source])["source"]
+    if str(source)[-12:] == ".safetensors":
+        from safetensors.torch import load_file  # pip install safetensors
+        source = load_file(source)
+    state = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
     renamed = {}
-    for name, value in state.items():
-        if re.search(DROPPED, name):
-            continue
+    for name, value in state.get("state_dict", state).items():
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
-        if name in renamed:
-            raise ValueError(f"two tensors of the weights would both be {name}")
         renamed[name] = value
+    renamed.pop("", None)
     return renamed
 
 
-def arrange(state):
-    """The layout of this file: queries, keys and values in one matrix; transposed matrices turned back."""
-    arranged = {}
-    for name, value in state.items():
-        if name.endswith(".T"):  # Hugging Face's projections
-            name, value = name[:-2], value.T
-        elif name.endswith("class_embedding"):  # (1, 1, D) in some files
-            value = value.flatten()
-        elif name.endswith("positional_embedding"):  # (1, N, D) in some files
-            value = value.reshape(-1, value.shape[-1])
-        elif re.search(r"\.[kv]_proj\.", name) and re.sub(r"\.[kv]_proj\.", ".q_proj.", name) in state:
-            continue  # joined to its q_proj, in the next lines
-        elif ".q_proj." in name:
-            parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            name = name.replace(".q_proj.", ".in_proj.")
-            value = torch.cat([state[part] for part in parts if part in state])  # one that lacks: a wrong shape
-        arranged[name] = value
-    return arranged
+def load_weights(model, state):
+    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit.
 
-
-def find_source(source, config, cls, cache):
-    """The name of a published model -> its file, downloaded, and its name as config.
-
-    A path or a state dict stays what it is; an unknown name is an error.
+    Queries, keys and values become one matrix; ".T" at the end of a name marks a transposed matrix; embeddings may have
+    additional axes of length 1.
     """
-    if isinstance(source, str) and source in PUBLISHED and source in sizes(cls):
-        import data  # not at the top: this file works without its siblings
-        return data.fetch(PUBLISHED[source], cache)["source"], config or source
-    if isinstance(source, str) and not os.path.exists(source) and not os.path.splitext(source)[1]:
-        known = ", ".join(name for name in PUBLISHED if name in sizes(cls))
-        raise ValueError(f"{source}: no such file, and no published {cls.__name__}; those are {known}")
-    return source, config
+    own = model.state_dict()
+    for name in list(state):
+        if ".q_proj." in name:
+            parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+            state[name.replace(".q_proj.", ".in_proj.")] = torch.cat(parts)
+        elif name.endswith(".T"):
+            state[name.removesuffix(".T")] = state.pop(name).T
+        elif "embedding" in name and name in own and state[name].numel() == own[name].numel():
+            state[name] = state[name].reshape(own[name].shape)
+    model.load_state_dict(state)
+    return model.eval()
 
 
-def read_state(source):
-    """A state dict, or the path of a file that holds one: .safetensors or torch.save's. Never runs code from it."""
-    what, state = ("the source", source) if isinstance(source, dict) else (source, None)
-    try:
-        if state is None and str(source).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            state = load_file(source)
-        elif state is None:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{source}: no such file") from None
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{source}: reading it needs a package; pip install {error.name.split('.')[0]}") from None
-    except Exception as error:  # these libraries raise half a dozen types for a file that is no checkpoint
-        raise ValueError(f"{source} is no checkpoint of PyTorch or safetensors ({type(error).__name__}); expected a "
-                         "file that holds tensors alone") from None
-    if isinstance(state, dict) and "tokenizer" in state:
-        raise ValueError(f"{what} was written by train.py: use train.load")
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{what} holds other things than tensors by name; expected a state dict")
+def resize_positions(model, state):
+    """Resize the image tower's table of positions if the file's pictures had more or fewer patches than the model's."""
+    name, new = "image_encoder.positional_embedding", model.config.image_size // model.config.patch_size
+    table = upcast(state[name]).flatten(0, -2)  # (N, D)
+    special = len(model.image_encoder.positional_embedding) - new ** 2  # rows before those of the patches
+    old = math.isqrt(len(table) - special)
+    if old != new:
+        warnings.warn(f"positions for {old} x {old} patches, resized to {new} x {new}")
+        grid = F.interpolate(table[special:].T.view(1, -1, old, old), size=(new, new), mode="bicubic", antialias=True)
+        state[name] = torch.cat([table[:special], grid[0].flatten(1).T])
     return state
 
 
-def fitting_config(state, cls):
-    """The name of the size whose parameters have the names and shapes of this state dict, or None."""
-    shapes = {name: value.shape for name, value in state.items()}
-    for name, config in sizes(cls).items():
-        with torch.device("meta"):  # shapes without memory
-            if {name: value.shape for name, value in cls(config).state_dict().items()} == shapes:
-                return name
-
-
-def resize_positions(state, model):
-    """The image tower's table of positions, resized if the file's pictures had more patches than ours, or fewer."""
-    name, new = "image_encoder.positional_embedding", model.config.image_size // model.config.patch_size
-    table = state.get(name, torch.empty(0))
-    special = len(model.image_encoder.positional_embedding) - new ** 2  # rows before those of the patches
-    old = math.isqrt(max(len(table) - special, 0))
-    if old == new or old ** 2 + special != len(table):
-        return state  # nothing to do, or nothing that could be done: load_strictly will tell
-    warnings.warn(f"positions for {old} x {old} patches, resized to {new} x {new}")
-    table = upcast(table)
-    grid = table[special:].T.view(1, -1, old, old)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
-    return state | {name: torch.cat([table[:special], grid[0].flatten(1).T])}
-
-
-def stretch_texts(state, model, head=20, tail=2):
+def stretch_texts(model, state, head=20, tail=2):
     """The text tower's table of positions for longer texts, as LongProLIP has it.
 
-    The first 20 rows stay, and the last two, which are those of [UNC] and [CLS]; those between are interpolated.
+    The first 20 rows stay, and so do the last two, those of [UNC] and [CLS]. The rows between are interpolated.
     """
     name, rows = "text_encoder.positional_embedding", len(model.text_encoder.positional_embedding)
-    table = state.get(name, torch.empty(0))
-    if not head + tail < len(table) < rows:
-        return state
-    warnings.warn(f"positions for texts of {len(table) - tail} tokens, stretched to {rows - tail}")
-    table = upcast(table)
-    middle = F.interpolate(table[head:-tail].T[None], size=rows - head - tail, mode="linear")[0].T
-    return state | {name: torch.cat([table[:head], middle, table[-tail:]])}
-
-
-def read_config(path):
-    """The hub's config.json, in open_clip's terms -> a Config."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        image, text = content["vision_cfg"], content["text_cfg"]
-        width = image.get("width", 768)
-        return Config(
-            image_size=image.get("image_size", 224), patch_size=image.get("patch_size", 16), image_width=width,
-            image_layers=image.get("layers", 12), image_heads=width // image.get("head_width", 64),
-            image_mlp=int(width * image.get("mlp_ratio", 4.0)),
-            vocab_size=text.get("vocab_size", 49408), **(CLIP_TOKENS if text.get("vocab_size", 49408) == 49408 else {}),
-            context_length=text.get("context_length", 77),
-            text_width=text.get("width", 512), text_layers=text.get("layers", 12), text_heads=text.get("heads", 8),
-            text_mlp=int(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
-            text_eps=text.get("norm_kwargs", {}).get("eps", 1e-5), embed_dim=content["embed_dim"],
-            activation="quick_gelu" if content.get("quick_gelu") else "gelu")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, and the weights have the shapes of no known size") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: expected open_clip's embed_dim, vision_cfg and text_cfg "
-                         f"({type(error).__name__}: {error})") from None
-
-
-def load_strictly(model, state):
-    """Every tensor of the model from `state` and none left over, or a ValueError that lists what does not fit."""
-    own = model.state_dict()
-    groups = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "wrong shape": [f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-                        for name in own if name in state and state[name].shape != own[name].shape],
-    }
-    if any(groups.values()):
-        raise ValueError(f"the weights do not fit {type(model).__name__}:" + "".join(
-            f"\n  {len(names)} {group}: " + "; ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            for group, names in groups.items() if names))
-    model.load_state_dict(state)
-
-
-def build(cls, state, config, adapt=resize_positions):
-    """A model with these weights, adapted to this size; without one, of the size that they fit."""
-    fits = None if isinstance(config, cls.Config) else fitting_config(state, cls)
-    model = cls(find_config(config or fits or next(iter(sizes(cls))), cls))
-    try:
-        load_strictly(model, adapt(state, model) if config else state)
-    except ValueError as error:
-        hint = f"\n  it would fit config={fits!r}" if fits else ""
-        if config is None:
-            hint = f"\n  of {', '.join(sizes(cls))} none would fit; this was the first of them"
-        raise ValueError(f"{error}{hint}") from None
-    return model.eval()
+    table = upcast(state[name]).flatten(0, -2)
+    if head + tail < len(table) < rows:
+        warnings.warn(f"positions for texts of {len(table) - tail} tokens, stretched to {rows - tail}")
+        middle = F.interpolate(table[head:-tail].T[None], size=rows - head - tail, mode="linear")[0].T
+        state[name] = torch.cat([table[:head], middle, table[-tail:]])
+    return state
 
 
 # --- sizes, and how each is trained ---------------------------------------------------------------------------------
 
-CLIP_TOKENS = dict(pad_id=0, end_id=49407)  # its vocabulary has no mask: 32000 is an ordinary piece there, as published
+CLIP_TOKENS = dict(pad_id=0, end_id=49407)  # its vocabulary has no mask: 32000 is an ordinary piece there
 LONG = dict(context_length=256, inclusion_eps=-100.0, inclusion_scale=10.0)
 CONFIGS = {
     "vit-b-16": Config(),             # 197,923,586 parameters
@@ -734,31 +615,49 @@ CONFIGS = {
                        activation="quick_gelu"),  # 988,478,466
     "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
                    vocab_size=1024, pad_id=0, end_id=2, mask_id=3, context_length=32, text_width=128, text_layers=2,
-                   text_heads=4, text_mlp=512, embed_dim=128, head_start=True),
+                   text_heads=4, text_mlp=512, embed_dim=128, sines_and_contrast=True),
+}
+
+HUB = "https://huggingface.co"
+CHUN = f"{HUB}/SanghyukChun"
+SIGLIP = (f"{HUB}/timm/ViT-B-16-SigLIP/resolve/main/tokenizer.json", None)
+SO400M = (f"{HUB}/timm/ViT-SO400M-14-SigLIP/resolve/main/tokenizer.json", None)
+MERGES = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+          "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+B_16 = (f"{CHUN}/ProLIP-ViT-B-16-DC-1B-12_8B/resolve/main/model.safetensors", None)
+B_16_LONG = (f"{CHUN}/LongProLIP-ViT-B-16-SHD128M/resolve/main/model.safetensors", None)
+L_16 = (f"{CHUN}/ProLIP-ViT-L-16-FT-DC-1B-1_28B/resolve/main/model.safetensors", None)
+SO400M_14 = (f"{CHUN}/ProLIP-ViT-SO400M-14-FT-DC-1B-1_28B/resolve/main/model.safetensors", None)
+H_14 = (f"{CHUN}/ProLIP-ViT-H-14-FT-DC-1B-1_28B/resolve/main/model.safetensors", None)
+PUBLISHED = {  # the files of a published model: (address, SHA-256 where one is known)
+    "vit-b-16": {"source": B_16, "vocab": SIGLIP},
+    "vit-b-16-long": {"source": B_16_LONG, "vocab": SIGLIP},
+    "vit-l-16": {"source": L_16, "vocab": SIGLIP},
+    "vit-so400m-14": {"source": SO400M_14, "vocab": SO400M},
+    "vit-h-14": {"source": H_14, "vocab": MERGES},
+}
+
+# What train.py uses unless told otherwise. files: what a run starts from; tokenizer: the kind of their vocabulary;
+# image_lr: the image tower's rate, in multiples of lr; scratch: what changes with --scratch, which starts from nothing.
+# With it rate and decay are the paper's for B/16.
+FINE = dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="unigram",
+            scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
+RECIPES = {
+    "vit-b-16": dict(FINE, files=PUBLISHED["vit-b-16"]),
+    "vit-b-16-long": dict(FINE, files=PUBLISHED["vit-b-16-long"]),
+    "vit-l-16": dict(FINE, files=PUBLISHED["vit-l-16"]),
+    "vit-so400m-14": dict(FINE, files=PUBLISHED["vit-so400m-14"]),
+    "vit-h-14": dict(FINE, files=PUBLISHED["vit-h-14"], tokenizer="clip"),
+    "tiny": dict(batch=64, epochs=8, lr=5e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1),
 }
 
 
-def sizes(cls):
-    """The configurations of a model class, by name."""
-    return {name: config for name, config in CONFIGS.items() if type(config) is cls.Config}
-
-
-def find_config(config, cls):
-    """A Config of this class, or the name of one."""
-    if isinstance(config, str) and config not in sizes(cls):
-        raise ValueError(f"unknown configuration {config!r}; known: {', '.join(sizes(cls))}")
-    if not isinstance(config, (str, cls.Config)):
-        raise ValueError(f"{cls.__name__} is made of a {cls.Config.__name__}, got a {type(config).__name__}")
-    return CONFIGS[config] if isinstance(config, str) else config
-
-
 @torch.no_grad()
-def head_start(encoder, grid):
-    """Give an image tower what a ViT learns first, where it has minutes instead of days. All of it goes on learning.
+def sines_and_contrast(encoder, grid):
+    """Start an image tower with what a ViT learns first: without it, the tiny size learns colours but hardly any shape.
 
     Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three
-    quarters lose their mean and become six times as strong, so that contrast is heard beside brightness. Without it the
-    tiny size learns colours in its eight epochs, but hardly any shape.
+    quarters lose their mean and become six times as strong, so that contrast counts beside brightness.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
     quarter = table.shape[1] // 4
@@ -769,59 +668,36 @@ def head_start(encoder, grid):
     contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
 
 
-def hub(name, file, sha256=None):
-    return f"https://huggingface.co/{name}/resolve/main/{file}", sha256
-
-
-SIGLIP, SO400M = "timm/ViT-B-16-SigLIP", "timm/ViT-SO400M-14-SigLIP"
-VOCABULARY = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-              "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
-PUBLISHED = {  # name: its files (address, SHA-256, of which none is known here for ProLIP's)
-    name: {"source": hub(f"SanghyukChun/{repository}", "model.safetensors"), "vocab": vocabulary}
-    for name, repository, vocabulary in (
-        ("vit-b-16", "ProLIP-ViT-B-16-DC-1B-12_8B", hub(SIGLIP, "tokenizer.json")),
-        ("vit-b-16-long", "LongProLIP-ViT-B-16-SHD128M", hub(SIGLIP, "tokenizer.json")),
-        ("vit-l-16", "ProLIP-ViT-L-16-FT-DC-1B-1_28B", hub(SIGLIP, "tokenizer.json")),
-        ("vit-so400m-14", "ProLIP-ViT-SO400M-14-FT-DC-1B-1_28B", hub(SO400M, "tokenizer.json")),
-        ("vit-h-14", "ProLIP-ViT-H-14-FT-DC-1B-1_28B", VOCABULARY))}
-
-# What train.py uses unless told otherwise. `files`: what to start from; `tokenizer`: what its vocabulary is for;
-# `image_lr`: the image tower's rate, in multiples of lr; `scratch`: what differs with --scratch, which starts from
-# nothing. There rate and decay are the paper's for B/16.
-RECIPES = {
-    **{name: dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1,
-                  tokenizer="clip" if name == "vit-h-14" else "unigram", files=files,
-                  scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
-       for name, files in PUBLISHED.items()},
-    "tiny": dict(batch=64, epochs=8, lr=5e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1),
-}
+def load(source, device=None):
+    """A checkpoint of train.py, its run's folder, or a name of PUBLISHED -> model, tokenizer, preprocess."""
+    import data  # only here, so that the rest of the file needs nothing but torch
+    return data.load_model(ProLIP, Config, PUBLISHED, RECIPES, source, device)
 
 
 class ZeroShotPipeline:
     """The shortest way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
-    def __init__(self, checkpoint):
-        import train  # not at the top: this file works without its siblings
-        self.model, self.tokenizer, self.preprocess = train.load(checkpoint)
+    def __init__(self, source, device=None):
+        self.model, self.tokenizer, self.preprocess = load(source, device)
 
     @torch.no_grad()
-    def encode(self, image, labels):
-        """The image and the labels as Gaussians, (1, E) and (labels, E)."""
-        return (self.model.encode_image(self.preprocess(image)[None]),
-                self.model.encode_text(self.model.tokenize(labels, self.tokenizer)))
+    def scores(self, image, labels):
+        """image: a path or a PIL image; labels: texts -> [(label, probability, cosine, uncertainty), ...], best first.
 
-    def cosines(self, image, labels):
-        return self.model.classify(*self.encode(image, labels))[0]  # (labels,)
+        The cosines are those of the means.
+        """
+        device = self.model.logit_scale.device
+        image_features = self.model.encode_image(self.preprocess(image)[None].to(device))
+        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer).to(device))
+        cosines = self.model.classify(image_features, text_features)[0]
+        probabilities = (self.model.logit_scale.exp() * cosines).softmax(dim=0)
+        rows = zip(labels, probabilities.tolist(), cosines.tolist(), text_features.uncertainty.tolist())
+        return sorted(rows, key=lambda row: -row[1])
 
-    @torch.no_grad()
     def predict(self, image, labels, top_k=5):
-        """image: a path or a PIL image; labels: two texts or more -> the top_k (label, probability), best first."""
-        if isinstance(labels, str) or len(labels) < 2:
-            raise ValueError(f"predict compares labels: expected a list of two or more, got {labels!r}")
-        probabilities = (self.model.logit_scale.exp() * self.cosines(image, labels)).softmax(dim=0)
-        return [(labels[i], probabilities[i].item()) for i in probabilities.argsort(descending=True)[:top_k]]
+        return [(label, probability) for label, probability, *_ in self.scores(image, labels)[:top_k]]
 
 
-# --- prompts, weighted by what they say of a class's pictures -------------------------------------------------------
+# --- prompts, weighted by how well they describe a class's pictures -------------------------------------------------
 
 def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps=10, floor=0.02, generator=None):
     """Bayesian prompt re-weighting (the paper's BPRW): which of a class's prompts describe its pictures?
@@ -829,8 +705,8 @@ def reweight_prompts(image_features, prompt_features, alpha=2.0, draws=20, steps
     image_features: Gaussian (I, E), some pictures of the class, or those nearest to it;
     prompt_features: Gaussian (J, E), its prompts.
     -> weights (J,), with a sum of 1: those of a mixture of the prompts' Gaussians (with `floor` more variance) that is
-    fitted to `draws` samples of each picture, in `steps` of expectation and maximisation. Narrow prompts are preferred
-    beforehand: a Dirichlet prior of alpha J counts, shared out as 1 / mean variance.
+    fitted to `draws` samples of each picture, in `steps` of expectation and maximisation. The prior prefers
+    narrow prompts: a Dirichlet of alpha J counts, shared out as 1 / mean variance.
     The paper's Algorithm 1 (appendix A.8). alpha and floor are those published for a few labelled pictures (alpha is 5
     for nearest ones); how the prior counts, and the numbers of draws and steps, are our reading.
     """
@@ -862,15 +738,9 @@ def mix(features, weights):
 if __name__ == "__main__":
     if len(sys.argv) < 5:
         sys.exit('usage: python prolip.py CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
-    checkpoint, image, *labels = sys.argv[1:]
+    source, image, *labels = sys.argv[1:]
     try:
-        pipeline = ZeroShotPipeline(checkpoint)
-        image_features, text_features = pipeline.encode(image, labels)
-        cosines = pipeline.model.classify(image_features, text_features)[0]
-        probabilities = (pipeline.model.logit_scale.detach().exp() * cosines).softmax(dim=0)
-        print(f"uncertainty {image_features.uncertainty[0]:.4f}  {image}")
-        for i in probabilities.argsort(descending=True).tolist():
-            print(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}  uncertainty {text_features.uncertainty[i]:.4f}  "
-                  f"{labels[i]}")
+        for label, probability, cosine, uncertainty in ZeroShotPipeline(source).scores(image, labels):
+            print(f"{probability:7.1%}  cosine {cosine:+.3f}  uncertainty {uncertainty:.4f}  {label}")
     except ValueError as error:
         sys.exit(f"prolip.py: {error}")
