@@ -108,25 +108,43 @@ def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0):
     name = str(name)
     if split not in shapes.COUNTS:
         raise UserError(f"split {split!r}; known: {', '.join(shapes.COUNTS)}")
-    if name in GENERATED:
-        return load_shapes(name, split, size, cache, seed)
-    if is_shards(name):
-        return load_shards(name, split, size, fit, cache)
-    if root is not None and not Path(root).is_dir():
-        raise UserError(f"--root {root}: expected the folder that holds the files of {name}")
+    try:
+        if name in GENERATED:
+            return load_shapes(name, split, size, cache, seed)
+        if name.endswith(".tar"):
+            return load_shards(name, split, size, fit, cache)
+        found = [(source, sample) for source, belongs, sample in records(name, root) if belongs == split]
+        if not found:
+            raise EmptySplit(f"{name}: no picture belongs to the split {split!r}")
+        sources, samples = zip(*found)
+        images, kept = cache_pictures(cache_name(root or name, split), sources, size, fit, cache)
+        return Split(f"{name} {split}", images, [samples[i] for i in kept], augment=True)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"--data {name}: {error}; --root and --cache name other folders") from None
+
+
+def records(name, root):
+    """The pictures of a data set -> [(source, split, Sample)]."""
     if name == "flickr8k":
-        found = flickr8k(root)
-    elif name in NAMES and root is None:
+        return flickr8k(root)
+    if name in NAMES and root is None:
         raise UserError(f"--data {name} needs --root: the folder with dataset_{name}.json (the Karpathy split) and the "
                         "images")
-    else:
-        found = read_own(Path(root, f"dataset_{name}.json") if name in NAMES else Path(name))
-    found = [(source, sample) for source, belongs, sample in found if belongs == split]
-    if not found:
-        raise EmptySplit(f"{name}: no picture belongs to the split {split!r}")
-    sources, samples = zip(*found)
-    images, kept = cache_pictures(cache_name(root or name, split), sources, size, fit, cache)
-    return Split(f"{name} {split}", images, [samples[i] for i in kept], augment=True)
+    path = Path(name) if name not in NAMES else Path(root, f"dataset_{name}.json")
+    readers = {".csv": read_table, ".tsv": read_table, ".json": read_json}
+    if not path.exists():
+        raise UserError(f"--data {path}: neither a data set ({', '.join(NAMES)}) nor a file or folder that exists")
+    if path.is_dir():
+        path = next((table for suffix in readers if (table := path / f"captions{suffix}").exists()), path)
+    if not path.is_dir() and path.suffix.lower() not in readers:
+        raise UserError(f"--data {path}: expected a folder, a .csv, .tsv or .json, or shards (.tar)")
+    try:
+        return group(readers.get(path.suffix.lower(), read_folder)(path), path if path.is_dir() else path.parent, path)
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        raise UserError(f"--data {path}: {type(error).__name__}: {error}. A table has the columns image,caption (and "
+                        "perhaps long,split); a .json is a list of objects with these; all are UTF-8") from None
 
 
 def load_shapes(name, split, size, cache, seed):
@@ -155,15 +173,13 @@ class Loader:
     epoch: how many pictures are an epoch, if not all of them; evaluation and checkpoints come after each epoch.
     """
     def __init__(self, split, batch, text_batch, seed=0, rank=0, world=1, epoch=None):
-        if batch > min(len(split), epoch or len(split)):
-            raise UserError(f"--batch {batch} is larger than the {min(len(split), epoch or len(split))} pictures of "
-                            f"an epoch of {split.name}")
-        if batch < 2 or batch % world:
-            raise UserError(f"--batch {batch}: expected two or more (one leaves no negatives), and a multiple of the "
-                            f"{world} processes")
+        epoch = epoch or len(split)
+        if not 2 <= batch <= min(epoch, len(split)) or batch % world:
+            raise UserError(f"--batch {batch}: expected 2 (one leaves no negatives) to {min(epoch, len(split))} (the "
+                            f"pictures of {split.name}), and a multiple of the {world} processes")
         self.split, self.batch, self.text_batch = split, batch, text_batch
         self.seed, self.rank, self.world = seed, rank, world
-        self.steps_per_pass, self.steps_per_epoch = len(split) // batch, (epoch or len(split)) // batch
+        self.steps_per_pass, self.steps_per_epoch = len(split) // batch, epoch // batch
         self.broken = set()  # rows whose picture or caption could not be read
         self.waited = 0.0    # seconds that training has waited in `stream`
         self.pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count()))
@@ -188,7 +204,9 @@ class Loader:
             try:
                 pixels, sample = self.split[row]
             except PictureError as error:
-                self.note(row, error)
+                if row not in self.broken and len(self.broken) < 3:  # of more of them, only the number is told
+                    say(f"left out: {error}")
+                self.broken.add(row)
                 place = (place + self.batch) % (self.steps_per_pass * self.batch)
                 row, = self.split.order(f"order/{self.seed}/{turn}", place, place + 1)
                 continue
@@ -197,12 +215,6 @@ class Loader:
                 pixels = augment(pixels, rng, sample.may_be_flipped)
             return pixels, sample, rng
         raise UserError(f"{self.split.name}: too few samples can be read for a batch of {self.batch}")
-
-    def note(self, row, error):
-        if row not in self.broken:
-            self.broken.add(row)
-            if len(self.broken) <= 3:
-                say(f"left out: {error}" + ("; of more like it, only the number" if len(self.broken) == 3 else ""))
 
     def stream(self, first, last, ahead=2):
         """The batches of steps first to last - 1, made in a thread that runs `ahead` of the training step."""
@@ -284,10 +296,6 @@ def preprocess(picture, size, fit="crop"):
         raise UserError(f"{picture if isinstance(picture, (str, Path)) else 'the picture'}: {error}") from None
 
 
-def is_picture(name):
-    return str(name).lower().endswith(PICTURE_SUFFIXES)
-
-
 def files_below(folder):
     """All files below a folder, sorted, without hidden ones. Links are followed, but no folder is visited twice."""
     visited, found = set(), []
@@ -300,50 +308,80 @@ def files_below(folder):
 
 
 def list_pictures(folder):
-    return [path for path in files_below(folder) if is_picture(path)]
+    return [path for path in files_below(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
 # --- the picture cache ----------------------------------------------------------------------------------------------
 
-CACHE_VERSION = 2  # raised when the same file would give other pixels
-
-
-def cache_name(place, split):
-    """Of a split of a data set: readable, and another one for each folder."""
-    where = hashlib.sha256(os.fsencode(os.path.abspath(place))).hexdigest()[:6]
-    return re.sub(r"\W+", "-", Path(place).stem) + f"-{split}-{where}"
+VERSION = 2  # raised when the same file would give other pixels, or another index
 
 
 def cache_pictures(name, sources, size, fit, folder, read=read_picture):
     """Decode every source once -> (uint8 (N, size, size, 3), memory-mapped; the numbers of the sources that it holds).
 
-    The files' names hang on all that the pixels depend on: when a source changes, a new cache is made. The .json is
-    written last and by rename, so a cache that was not finished, or that another process is making, is none.
+    The file's name hangs on all that the pixels depend on: when a source changes, a new cache is made.
     """
-    key = fingerprint(CACHE_VERSION, size, fit, *map(stamp, sources))
-    pixels = Path(folder) / f"{name}-{size}-{fit}-{key}.u8"
-    listing = pixels.with_suffix(".json")
-    try:
-        if not listing.exists():
-            build_cache(f"{name}-{size}-{fit}", sources, functools.partial(read, size=size, fit=fit), pixels, listing)
-        found = json.loads(listing.read_text())
-        kept, bad = found["kept"], found["bad"]
-        images = np.memmap(pixels, np.uint8, "r", shape=(len(kept), size, size, 3)) if kept else None
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot make or read the picture cache {pixels}: {error}. If it is damaged, delete it; --cache "
-                        "names another folder") from None
+    path = Path(folder) / f"{name}-{size}-{fit}-{fingerprint(size, fit, *map(stamp, sources))}.u8"
+    found = once(path, functools.partial(decode, name, sources, functools.partial(read, size=size, fit=fit)))
+    kept, bad = found["kept"], found["bad"]
     if bad:
         say(f"{name}: {len(bad)} of {len(sources)} pictures cannot be read and are left out "
-            f"(all of them in {listing}; delete it to try them again): "
+            f"(all of them in {path.with_suffix('.json')}; delete it to try them again): "
             + "; ".join(f"{source}: {why}" for source, why in bad[:3]) + ("; ..." if len(bad) > 3 else ""))
     if not kept:
-        listing.unlink()  # the next run tries again
+        path.with_suffix(".json").unlink()  # the next run tries again
         raise UserError(f"{name}: none of the {len(sources)} pictures can be read; {': '.join(bad[0])}")
-    return images, kept
+    return np.memmap(path, np.uint8, "r", shape=(len(kept), size, size, 3)), kept
+
+
+def decode(name, sources, read, file):
+    """Write the pictures one after the other -> the numbers of those that could be read, and why others could not."""
+    def pixels(source):
+        try:
+            return read(source).tobytes(), ""
+        except PictureError as error:
+            return b"", str(error)  # the error itself would keep the picture's memory
+
+    kept, bad = [], []
+    with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow does not hold Python's lock
+          tqdm(total=len(sources), desc=f"{name}, once", unit=" pictures", **bar_options()) as bar):
+        for first in range(0, len(sources), 256):
+            for i, (content, why) in enumerate(pool.map(pixels, sources[first:first + 256]), first):
+                if why:
+                    bad.append((str(sources[i]), why))
+                else:
+                    kept.append(i)
+                    file.write(content)
+                bar.update()
+    return {"kept": kept, "bad": bad}
+
+
+def once(path, build):
+    """Make the file `path` by build(file), if it is not there -> what build returned, which is kept beside it.
+
+    The .json is written last and by rename: without it the file is not finished, or being made by another process.
+    Older files of this name, up to the fingerprint at its end, are removed.
+    """
+    listing = path.with_suffix(".json")
+    if not listing.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path) as file:
+            found = build(file)
+        with writing(listing) as file:
+            file.write(json.dumps(found).encode())
+        for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*"):
+            if old.stem != path.stem and (old.suffix != ".part" or time.time() - old.stat().st_mtime > 86_400):
+                old.unlink(missing_ok=True)
+    return json.loads(listing.read_text())
+
+
+def cache_name(place, split):
+    """Of a split of a data set: readable, and another one for each folder."""
+    return re.sub(r"\W+", "-", Path(place).stem) + f"-{split}-{fingerprint(os.path.abspath(place))[:6]}"
 
 
 def fingerprint(*what):
-    return hashlib.sha256(repr(what).encode(errors="surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256(repr((VERSION, *what)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def stamp(source):
@@ -354,32 +392,6 @@ def stamp(source):
     except OSError:  # not a file: the key of a generated picture, or a path that is missing
         return str(path), *rest
     return os.path.abspath(path), *rest, stat.st_mtime_ns, stat.st_size
-
-
-def build_cache(name, sources, read, pixels, listing):
-    def decode(source):
-        try:
-            return read(source).tobytes(), ""
-        except PictureError as error:
-            return b"", str(error)  # the error itself would keep the picture's memory
-
-    kept, bad = [], []
-    pixels.parent.mkdir(parents=True, exist_ok=True)
-    with (writing(pixels) as file, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-          tqdm(total=len(sources), desc=f"{name}, once", unit=" pictures", **bar_options()) as bar):
-        for first in range(0, len(sources), 256):  # threads: Pillow decodes and resizes without holding Python's lock
-            for i, (content, why) in enumerate(pool.map(decode, sources[first:first + 256]), first):
-                if why:
-                    bad.append((str(sources[i]), why))
-                else:
-                    kept.append(i)
-                    file.write(content)
-                bar.update()
-    for old in pixels.parent.glob(f"{name}-*"):  # of older pictures, or left by a build that was killed
-        if old.stem != pixels.stem and (old.suffix != ".part" or time.time() - old.stat().st_mtime > 86_400):
-            old.unlink(missing_ok=True)
-    with writing(listing) as file:
-        file.write(json.dumps({"kept": kept, "bad": bad}).encode())
 
 
 @contextlib.contextmanager
@@ -403,56 +415,38 @@ SPLITS = {"": None, "train": "train", "restval": "train", "val": "val", "valid":
           "dev": "val", "test": "test"}
 
 
-def read_own(path):
-    """A folder (captions.csv or .json in it, or NAME.txt beside NAME.jpg), a .csv, .tsv or .json -> as group returns."""
-    readers = {".csv": read_table, ".tsv": read_table, ".json": read_json}
-    if not path.exists():
-        raise UserError(f"--data {path}: neither a data set ({', '.join(NAMES)}) nor a file or folder that exists")
-    if path.is_dir():
-        table = next((table for suffix in readers if (table := path / f"captions{suffix}").exists()), None)
-        return read_own(table) if table else group(read_folder(path), path, path)
-    if path.suffix.lower() not in readers:
-        raise UserError(f"--data {path}: expected a folder, a .csv, .tsv or .json, or shards (.tar)")
-    return group(readers[path.suffix.lower()](path), path.parent, path)
+def read_bytes(source):
+    """The content of a path, or of (path of a zip, name in it)."""
+    return open_zip(source[0]).read(source[1]) if isinstance(source, tuple) else Path(source).read_bytes()
 
 
-def read_text(source):
-    """The text of a path, or of (path of a zip, name in it)."""
-    try:
-        content = open_zip(source[0]).read(source[1]) if isinstance(source, tuple) else Path(source).read_bytes()
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror}") from None
+@functools.lru_cache
+def open_zip(path):
+    return zipfile.ZipFile(path)
 
 
 def read_table(path):
     """Columns image and caption, or open_clip's filepath and title; separated by commas, or by tabs."""
-    text = read_text(path)
+    text = read_bytes(path).decode("utf-8-sig")
     table = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text.partition("\n")[0] else ",",
                        skipinitialspace=True, strict=True)
-    try:
-        header = [{"filepath": "image", "title": "caption"}.get(name.strip(), name.strip()) for name in next(table, [])]
-        if not {"image", "caption"} <= set(header):
-            raise UserError(f"{path}: columns found: {', '.join(header) or 'none'}; expected image,caption (and, if you "
-                            "like, long,split), separated by commas")
-        rows = []
-        for fields in table:
-            if len(fields) > len(header):
-                raise UserError(f"{path}, line {table.line_num}: more fields than the header has; put captions with "
-                                "commas in quotes")
-            rows.append(dict(itertools.zip_longest(header, map(str.strip, fields), fillvalue="")))
-        return rows
-    except csv.Error as error:
-        raise UserError(f"{path}, line {table.line_num}: {error}; is a quote not closed?") from None
+    header = [{"filepath": "image", "title": "caption"}.get(name.strip(), name.strip()) for name in next(table, [])]
+    if not {"image", "caption"} <= set(header):
+        raise UserError(f"{path}: columns found: {', '.join(header) or 'none'}; expected image,caption (and perhaps "
+                        "long,split), separated by commas")
+    rows = []
+    for fields in table:
+        if len(fields) > len(header):
+            raise UserError(f"{path}, line {table.line_num}: more fields than the header has; put captions with commas "
+                            "in quotes")
+        rows.append(dict(itertools.zip_longest(header, map(str.strip, fields), fillvalue="")))
+    return rows
 
 
 def read_folder(folder):
     """NAME.txt beside NAME.jpg, a caption a line."""
     pictures = list_pictures(folder)
-    texts = {picture: read_text(picture.with_suffix(".txt")).split("\n")
-             for picture in pictures if picture.with_suffix(".txt").exists()}
+    texts = {picture: text for picture in pictures if (text := picture.with_suffix(".txt")).exists()}
     if not texts:
         raise UserError(f"--data {folder}: {len(pictures)} pictures and not one caption; expected NAME.txt beside "
                         "NAME.jpg (a caption a line), or a captions.csv with columns image,caption")
@@ -460,32 +454,26 @@ def read_folder(folder):
         say_once(f"{folder}: {len(pictures) - len(texts)} of {len(pictures)} pictures have no .txt beside them "
                  "and are left out")
     return [{"image": str(picture.relative_to(folder)), "caption": line.strip()}
-            for picture, lines in texts.items() for line in lines]
+            for picture, text in texts.items() for line in text.read_text(encoding="utf-8-sig").split("\n")]
 
 
 def read_json(path):
     """A list of {image, caption(s), long?, split?}, also with KoCLIP's file_path and caption_ko, or a Karpathy file."""
-    rows, entry = [], None
-    try:
-        content = json.loads(read_text(path))
-        for entry in karpathy(content["images"], path.parent) if isinstance(content, dict) else content:
-            image = entry["image"] if "image" in entry else entry["file_path"]
-            texts = next(entry[key] for key in ("captions", "caption_ko", "caption") if key in entry)
-            rows += [{"image": image.strip(), "caption": text.strip(), "long": (entry.get("long") or "").strip(),
-                      "split": (entry.get("split") or "").strip()}
-                     for text in ([texts] if isinstance(texts, str) else texts)]
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error})") from None
-    except (KeyError, TypeError, AttributeError, StopIteration):
-        raise UserError(f"{path}: found {json.dumps(entry, ensure_ascii=False)[:80]}; expected a list of objects with "
-                        "image and caption (or captions), all of them texts, or a Karpathy split file (an object with "
-                        "images, each with filename, split and sentences)") from None
+    content, rows = json.loads(read_bytes(path)), []
+    for entry in karpathy(content["images"], path.parent) if isinstance(content, dict) else content:
+        texts = next((entry[key] for key in ("captions", "caption_ko", "caption") if key in entry), None)
+        if not isinstance(texts, (str, list)):
+            raise UserError(f"{path}: found {json.dumps(entry, ensure_ascii=False)[:80]}; expected an object with image "
+                            "and caption, or captions")
+        row = {"image": entry["image"] if "image" in entry else entry["file_path"],
+               "split": entry.get("split") or "", "long": (entry.get("long") or "").strip()}
+        rows += [{**row, "caption": text.strip()} for text in ([texts] if isinstance(texts, str) else texts)]
     return rows
 
 
 def karpathy(entries, folder):
-    """The entries of a Karpathy split file, as read_json expects them. The pictures may lie anywhere below the folder."""
-    pictures = [str(picture.relative_to(folder)) for picture in list_pictures(folder)]
+    """The entries of a Karpathy split file, as read_json expects them; the pictures may lie anywhere below folder."""
+    pictures = [str(path.relative_to(folder)) for path in list_pictures(folder)]
     places = {os.path.basename(picture): picture for picture in pictures} | {name: name for name in pictures}
     for entry in entries:
         name = entry["filename"]  # of COCO, filepath is the folder
@@ -504,8 +492,7 @@ def group(rows, folder, origin):
             raise UserError(f"{origin}: the row of {name!r}, {row['caption'][:40]!r} has the split {split!r}; expected "
                             f"an image, and a split of {', '.join(filter(None, SPLITS))}, or none")
         if splits.setdefault(name, SPLITS[split]) != SPLITS[split]:
-            raise UserError(f"{origin}: {name} is in two splits, {splits[name]} and {split or 'none'}; an image belongs "
-                            "to one")
+            raise UserError(f"{origin}: {name} is in two splits, {splits[name]} and {split or 'none'}; expected one")
         sample = samples.setdefault(name, Sample([]))
         sample.captions.append(row["caption"])
         sample.long = sample.long or row.get("long") or None
@@ -546,7 +533,7 @@ def flickr8k(root=None):
     pictures, texts = (members(home, name) for name in archives)
     rows = []
     if "Flickr8k.token.txt" in texts:
-        for line in read_text(texts["Flickr8k.token.txt"]).split("\n"):
+        for line in read_bytes(texts["Flickr8k.token.txt"]).decode().split("\n"):
             name, _, caption = line.partition("\t")
             rows.append({"image": name.split("#")[0], "caption": caption.strip()})
     elif "captions.txt" in texts:  # Kaggle's
@@ -554,9 +541,11 @@ def flickr8k(root=None):
     if not all(name in texts for name in FLICKR8K_LISTS.values()):  # as in Kaggle's
         lists = Path("data/flickr8k") / archives[1]
         texts = members(download(FLICKR8K_URL + lists.name, lists, md5=FLICKR8K[lists.name]).parent, lists.name)
-    listed = {name: split for split, file in FLICKR8K_LISTS.items() for name in read_text(texts[file]).split()}
-    found = group([{**row, "split": listed[row["image"]]} for row in rows
-                   if row["image"] in listed and row["image"] in pictures] or [{"image": "", "caption": ""}], home, home)
+    listed = {name: split for split, file in FLICKR8K_LISTS.items()
+              for name in read_bytes(texts[file]).decode().split()}
+    places = {name: place for place, name in enumerate(listed)}
+    rows = [{**row, "split": listed[row["image"]]} for row in rows if row["image"] in listed.keys() & pictures.keys()]
+    found = group(sorted(rows, key=lambda row: places[row["image"]]), home, home)
     if len(found) < len(listed) or any(len(sample.captions) != 5 for _, _, sample in found):
         say_once(f"flickr8k: {len(listed) - len(found)} of {len(listed)} listed images have no picture or no caption "
                  "here and are left out; the published set has 6,000 / 1,000 / 1,000, with 5 captions each")
@@ -569,14 +558,6 @@ def members(home, archive):
     if os.path.exists(path):
         return {Path(name).name: (path, name) for name in open_zip(path).namelist() if "__MACOSX" not in name}
     return {path.name: str(path) for path in files_below(home)}
-
-
-@functools.lru_cache
-def open_zip(path):
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no zip file ({error}); download it again") from None
 
 
 # --- tar shards -----------------------------------------------------------------------------------------------------
@@ -622,18 +603,21 @@ class Shards(Split):
         return rows
 
 
-def is_shards(name):
-    return str(name).endswith(".tar")
-
-
 def load_shards(pattern, split, size, fit, cache):
     """"train" -> Shards; "val" and "test" -> a Split each, of one half of the last shard, 1,000 pictures at most."""
-    *paths, held_out = shard_paths(pattern)
+    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)  # "shards/{00000..00099}.tar", else "shards/*.tar"
+    paths = sorted(glob.glob(pattern)) if brace is None else [
+        pattern[:brace.start()] + str(i).zfill(len(brace[1])) + pattern[brace.end():]
+        for i in range(int(brace[1]), int(brace[2]) + 1)]
+    if len(paths) < 2:
+        raise UserError(f"--data {pattern}: {len(paths)} shards; expected two or more, as the last one is kept for "
+                        "validation and test")
+    *paths, held_out = paths
+    paths = paths if split == "train" else [held_out]
+    index, bounds = index_shards(paths, cache_name(pattern, f"index-{split}"), cache)
     if split == "train":
-        index, bounds = index_shards(paths, cache)
         samples = [sample for entry in index[:bounds[1]] if (sample := read_captions(paths[0], entry)).captions]
         return Shards(f"{pattern} train", None, samples, True, paths, index, bounds, size, fit)
-    index, _ = index_shards([held_out], cache)
     rows = range(1 if split == "test" else 0, len(index), 2)[:1000]
     images, kept = cache_pictures(
         cache_name(pattern, split), [(held_out, row) for row in rows], size, fit, cache,
@@ -642,43 +626,20 @@ def load_shards(pattern, split, size, fit, cache):
     return Split(f"{pattern} {split}", images, samples, augment=True)
 
 
-def shard_paths(pattern):
-    """"shards/{00000..00099}.tar" or "shards/*.tar" -> the paths."""
-    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    paths = sorted(glob.glob(pattern))
-    if brace:
-        first, last = brace.groups()
-        paths = [pattern[:brace.start()] + str(i).zfill(len(first)) + pattern[brace.end():]
-                 for i in range(int(first), int(last) + 1)]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing or len(paths) < 2:
-        raise UserError(f"--data {pattern}: {len(paths) - len(missing)} shards found; expected {max(2, len(paths))}, of "
-                        "which the last is kept for validation and test" + "".join(f"; not there: {p}" for p in missing[:1]))
-    return paths
+def index_shards(paths, name, cache):
+    """Where the parts of all samples lie: ENTRY (N,), memory-mapped, and the bounds of each shard's rows. Made once."""
+    def build(file):
+        counts, notes = [], []
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            indexed = tqdm(pool.map(index_shard, paths), "headers of the shards, once", len(paths), **bar_options())
+            for path, (entries, note) in zip(paths, indexed):
+                counts.append(len(entries))
+                notes += [f"{path}: {note}"] if note else []
+                file.write(entries.tobytes())
+        return {"counts": counts, "notes": notes}
 
-
-def index_shards(paths, cache):
-    """Where the parts of all samples lie: ENTRY (N,), memory-mapped, and the bounds of each shard's rows.
-
-    Made once, kept in the cache, and made anew when a shard has changed.
-    """
-    file = Path(cache) / f"shards-{fingerprint(CACHE_VERSION, *map(stamp, paths))}.index"
-    listing = file.with_suffix(".json")
-    try:
-        if not listing.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            counts, notes = [], []
-            with writing(file) as out, concurrent.futures.ThreadPoolExecutor(8) as pool:
-                indexed = tqdm(pool.map(index_shard, paths), "headers of the shards, once", len(paths), **bar_options())
-                for path, (entries, note) in zip(paths, indexed):
-                    counts.append(len(entries))
-                    notes += [f"{path}: {note}"] if note else []
-                    out.write(entries.tobytes())
-            with writing(listing) as out:
-                out.write(json.dumps({"counts": counts, "notes": notes}).encode())
-        found = json.loads(listing.read_text())
-    except OSError as error:
-        raise UserError(f"cannot keep the index of the shards in {cache}: {error}; --cache names another folder") from None
+    file = Path(cache) / f"{name}-{fingerprint(*map(stamp, paths))}.index"
+    found = once(file, build)
     for note in found["notes"][:3]:
         say_once(note)
     if sum(found["counts"]) < 4:
@@ -762,7 +723,7 @@ def download(url, path, md5=None, sha256=None):
             if md5 and not check_md5(file.name, md5):
                 raise OSError(f"its MD5 is not {md5}")
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: torch's, of a wrong SHA-256
-        raise UserError(f"cannot download {url}: {error}. Try again, or fetch it by hand and put it at {path}") from None
+        raise UserError(f"cannot download {url}: {error}; try again, or put the file at {path} yourself") from None
     return path
 
 
@@ -782,7 +743,7 @@ def read_checkpoint(path):
     except Exception as error:  # torch.load raises half a dozen types for a file that is none
         raise UserError(f"{path} is no checkpoint of train.py ({type(error).__name__})") from None
     if not isinstance(content, dict) or not {"model", "config", "tokenizer", "weights", "args"} <= set(content):
-        raise UserError(f"{path} is no checkpoint of train.py; a file of published weights goes through from_pretrained")
+        raise UserError(f"{path} is no checkpoint of train.py; published weights go through from_pretrained")
     return content
 
 
@@ -807,6 +768,29 @@ def load_model(Model, Config, published, recipes, source, device=None):
                         f"{', '.join(published)}: {' '.join(str(error).split())[:300]}") from None
     prepare = functools.partial(preprocess, size=model.config.image_size, fit=getattr(model.config, "fit", "crop"))
     return model.to(device or best_device()), tokenizer, prepare
+
+
+def command(load):
+    """What `python MODEL.py CHECKPOINT IMAGE LABEL LABEL ...` does, with the `load` of that file."""
+    name, *arguments = sys.argv
+    if len(arguments) < 4:
+        sys.exit(f'usage: python {name} CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
+    source, image, *labels = arguments
+    try:
+        model, tokenizer, prepare = load(source)
+        with torch.no_grad():
+            images = prepare(image)[None].to(model.logit_scale.device)
+            texts = model.tokenize(labels, tokenizer).to(model.logit_scale.device)
+            image_features, text_features = model.encode_image(images), model.encode_text(texts)
+            probabilities = model.logits(images, texts)[0].softmax(dim=0)
+            cosines = getattr(model, "classify", model.similarity)(image_features, text_features)[0]
+            for i in probabilities.argsort(descending=True).tolist():
+                vague = f"  uncertainty {text_features.uncertainty[i]:.4f}" if hasattr(model, "classify") else ""
+                say(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}{vague}  {labels[i]}")
+            if getattr(model, "captioner", None):
+                say("says: " + model.caption(images, tokenizer)[0])
+    except ValueError as error:
+        sys.exit(f"{Path(name).name}: {error}")
 
 
 def best_device():

@@ -53,11 +53,11 @@ def load(source, device=None):
 
 
 def settings(source):
-    """What is known of a checkpoint or a published model without its weights: model, config, data, root, step, minutes."""
+    """What a checkpoint or a published model is: its model, config, data, root, step and minutes of training."""
     if source in published():
         model, size = source.split("/")
-        recipe = home(model).RECIPES[size]
-        return {"model": model, "config": size, "data": recipe.get("data", "shapes"), "root": None, "step": 0, "minutes": 0.0}
+        own = home(model).RECIPES[size].get("data", "shapes")
+        return {"model": model, "config": size, "data": own, "root": None, "step": 0, "minutes": 0.0}
     if not Path(source).exists():
         raise UserError(f"{source}: no such checkpoint; published weights go by name: {', '.join(published())}")
     content = data.read_checkpoint(source)
@@ -76,26 +76,10 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_all(value):
-    """A value of plain types from each process, as a list."""
-    values = [value]
-    if world() > 1:
-        values = [None] * world()
-        dist.all_gather_object(values, value)
-    return values
-
-
-def first_on_each_machine(function):
-    """Call it in one process of each machine, then in the others: the first one builds the caches and downloads."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    result = function() if first else None
-    if world() > 1:
-        dist.barrier()
-    return result if first else function()
-
-
 def pick_precision(device, asked=None):
     """"bf16", "fp16" or "fp32": what was asked for, else bf16 where the hardware computes in it, fp16 on older GPUs."""
+    if asked == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     if asked:
         return asked
     if device.type == "cuda":
@@ -106,7 +90,7 @@ def pick_precision(device, asked=None):
 
 
 def autocast(device, precision):
-    """The context of every encoder call. Weights stay fp32; the models leave it for normalisation, logits and losses."""
+    """The context of every encoder call. Weights stay fp32; the models leave it for logits and losses."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
@@ -133,7 +117,10 @@ def spread(n, encode, batch=256):
     """encode(rows) for rows 0 to n - 1 in batches, divided among the processes -> all features, on every CPU."""
     parts = {first: each(encode(range(first, min(first + batch, n))), torch.Tensor.cpu)
              for first in range(rank() * batch, n, world() * batch)}
-    parts = {first: part for some in from_all(parts) for first, part in some.items()}
+    if world() > 1:
+        everyone = [None] * world()
+        dist.all_gather_object(everyone, parts)
+        parts = {first: part for some in everyone for first, part in some.items()}
     return join([parts[first] for first in sorted(parts)])
 
 
@@ -201,7 +188,8 @@ def zero_shot(model, tokenizer, task, precision):
         table = table.view(len(table), len(task.prompts), -1)  # (images, classes, prompts)
         found.append(table.mean(dim=2).argmax(dim=1).cpu())
     right = torch.cat(found).numpy() == task.labels
-    return {"zs_all": 100 * right.mean(), **{f"zs_{name}": 100 * right[mask].mean() for name, mask in task.groups.items()}}
+    groups = {"all": slice(None), **task.groups}
+    return {f"zs_{name}": 100 * right[mask].mean() for name, mask in groups.items()}
 
 
 def evaluate(model, tokenizer, split, task, precision):
@@ -337,16 +325,30 @@ def load_font(size, text):
 
 @torch.no_grad()
 def search(source, folder, query, cache="data/cache", precision=None, out=None, best=12):
-    """The pictures of a folder that are most similar to a query: as lines of score and path, and as a contact sheet."""
+    """The pictures of a folder that are most similar to a query: as lines of score and path, and as a contact sheet.
+
+    The features of the folder are kept in CACHE/features, and made anew when one of its pictures or the checkpoint
+    changes: the file's name hangs on their names, sizes and times of change.
+    """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: expected a folder of pictures")
     model, tokenizer, prepare = load(source)
     device, sheet = model.logit_scale.device, Path(out or ".") / "search.png"
     paths = [path for path in data.list_pictures(folder) if path.resolve() != sheet.resolve()]
+    place = data.fingerprint(str(source), os.path.abspath(folder))
+    file = Path(cache) / "features" / f"{place}-{data.fingerprint(precision, *map(data.stamp, [source, *paths]))}.pt"
     with autocast(device, pick_precision(device, precision)):
-        image_features, kept = folder_features(source, model, prepare, paths, folder, precision, cache)
-        text_features = model.encode_text(model.tokenize([query], tokenizer).to(device))
-    scores = model.similarity(take(image_features, device), text_features)[:, 0]
+        if not file.exists():
+            features, kept = encode_files(model, prepare, paths)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with data.writing(file) as content:
+                torch.save((features, kept), content)
+            for old in set(file.parent.glob(f"{place}-*.pt")) - {file}:
+                old.unlink()
+        with torch.serialization.safe_globals([prolip.Gaussian, llip.KeysValues]):
+            features, kept = torch.load(file, weights_only=True)
+        text_features = model.encode_text(model.tokenize(query, tokenizer).to(device))
+    scores = model.similarity(take(features, device), text_features)[:, 0]
     found = [(scores[i].item(), paths[kept[i]]) for i in scores.argsort(descending=True)[:best].tolist()]
     cells = [(data.read_picture(path, 180), f"{score:+.3f}  {path.name}", False) for score, path in found]
     draw_sheet(sheet, [(query if i == 0 else "", cells[i:i + 4]) for i in range(0, len(cells), 4)], side=180)
@@ -354,55 +356,32 @@ def search(source, folder, query, cache="data/cache", precision=None, out=None, 
                       f"{len(kept):,} pictures searched; contact sheet: {sheet}"])
 
 
-def folder_features(source, model, prepare, paths, folder, precision, cache, batch=64):
-    """Image features of pictures, and the numbers of those that could be read. Computed once, kept in CACHE/features.
-
-    The file's name hangs on the name, size and time of change of the checkpoint and of every picture: if one of them
-    changes, the features of the folder are made anew, and the old file goes.
-    """
-    place = data.fingerprint(str(source), os.path.abspath(folder))
-    file = Path(cache) / "features" / f"{place}-{data.fingerprint(precision, *map(data.stamp, [source, *paths]))}.pt"
-    size, device = model.config.image_size, model.logit_scale.device
-
+def encode_files(model, prepare, paths, batch=64):
+    """-> the image features of pictures, and the numbers of those that could be read."""
     def read(path):
         try:
-            return prepare(path), ""
+            return prepare(path)
         except UserError as error:
-            return None, str(error)
+            return str(error)
 
-    if not file.exists():
-        parts, kept, bad = [], [], []
-        with (concurrent.futures.ThreadPoolExecutor() as pool,
-              tqdm(total=len(paths), desc="pictures, once", unit=" pictures", **data.bar_options()) as bar):
-            for first in range(0, len(paths), batch):
-                found = [*pool.map(read, paths[first:first + batch])]
-                bad += [why for _, why in found if why]
-                kept += [first + i for i, (_, why) in enumerate(found) if not why]
-                if images := [picture for picture, why in found if not why]:
-                    parts.append(each(model.encode_image(torch.stack(images).to(device)), torch.Tensor.cpu))
-                bar.update(len(found))
-        if bad:
-            say(f"{len(bad)} of {len(paths)} pictures cannot be read and are left out: "
-                + "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else ""))
-        if not kept:
-            raise UserError(f"{folder}: no picture that can be read ({', '.join(data.PICTURE_SUFFIXES[:4])}, ...)")
-        features = join(parts)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with data.writing(file) as out:
-                torch.save({"kept": kept, "features": tuple(features) if isinstance(features, tuple) else features}, out)
-            for old in file.parent.glob(f"{place}-*.pt"):
-                if old != file:
-                    old.unlink(missing_ok=True)
-        except OSError as error:
-            say(f"cannot keep the features in {file}: {error.strerror}; --cache names another folder")
-        return features, kept
-    content = torch.load(file, weights_only=True)
-    features = content["features"]
-    if isinstance(features, tuple):  # a named tuple is kept as a plain one: any picture tells its type
-        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
-        features = type(model.encode_image(blank))(*features)
-    return features, content["kept"]
+    parts, kept, bad = [], [], []
+    with (concurrent.futures.ThreadPoolExecutor() as pool,
+          tqdm(total=len(paths), desc="pictures, once", unit=" pictures", **data.bar_options()) as bar):
+        for first in range(0, len(paths), batch):
+            found = list(enumerate(pool.map(read, paths[first:first + batch]), first))
+            bad += [picture for _, picture in found if isinstance(picture, str)]
+            good = {i: picture for i, picture in found if not isinstance(picture, str)}
+            if good:
+                features = model.encode_image(torch.stack([*good.values()]).to(model.logit_scale.device))
+                parts.append(each(features, torch.Tensor.cpu))
+                kept += good
+            bar.update(len(found))
+    if bad:
+        say(f"{len(bad)} of {len(paths)} pictures cannot be read and are left out: "
+            + "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else ""))
+    if not kept:
+        raise UserError(f"no picture that can be read in this folder ({', '.join(data.PICTURE_SUFFIXES[:4])}, ...)")
+    return join(parts), kept
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ It computes what the published code computes (tests/golden holds the values). Wh
 """
 import math
 import re
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -218,13 +217,11 @@ def gather(x):
     return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def upcast(x):
-    """Half precision to fp32; fp32 and float64 stay what they are."""
+def upcast(x):  # half precision to fp32; fp32 and float64 stay what they are
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def full_precision(x):
-    """Without autocast: the towers may run in bf16, but not the normalisation, the similarities or the loss."""
+def full_precision(x):  # without autocast: the towers may run in bf16, but not normalisation, similarities, loss
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -233,8 +230,7 @@ def full_precision(x):
 def contrastive_loss(image_features, text_features, scale):
     """The symmetric cross-entropy of CLIP over the global batch (CLIP, Fig. 3).
 
-    image_features, text_features: (B, E) of length 1, row i of one belongs to row i of the other;
-    scale: exp(logit_scale).
+    image_features, text_features: (B, E) of length 1, of which rows i belong together; scale: exp(logit_scale).
     Local rows against the columns of all W processes. If all features are alike, it is ln(W B).
     In fp32, as in bf16 and at a scale of 100 the logits of matching pairs are wrong by up to 0.4.
     """
@@ -313,8 +309,7 @@ class LiteCLIP(nn.Module):
         texts = [texts] if isinstance(texts, str) else texts
         room = self.config.context_length - 2
         pieces = [tokenizer.encode(text) for text in texts]
-        cut = sum(len(p) > room for p in pieces)
-        if cut:
+        if cut := sum(len(p) > room for p in pieces):
             warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
         rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
         tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
@@ -470,30 +465,19 @@ def load(source, device=None):
 
 
 class ZeroShotPipeline:
-    """The shortest way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
+    """ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"]) -> [(label, probability), ...], best first."""
     def __init__(self, source, device=None):
         self.model, self.tokenizer, self.preprocess = load(source, device)
 
     @torch.no_grad()
-    def scores(self, image, labels):
-        """image: a path or a PIL image; labels: texts -> [(label, probability, cosine), ...], best first."""
-        device = self.model.logit_scale.device
-        image_features = self.model.encode_image(self.preprocess(image)[None].to(device))
-        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer).to(device))
-        cosines = self.model.similarity(image_features, text_features)[0]
-        probabilities = (self.model.logit_scale.exp() * cosines).softmax(dim=0)
-        return sorted(zip(labels, probabilities.tolist(), cosines.tolist()), key=lambda row: -row[1])
-
     def predict(self, image, labels, top_k=5):
-        return [(label, probability) for label, probability, _ in self.scores(image, labels)[:top_k]]
+        """image: a path or a PIL image; labels: two texts or more."""
+        device = self.model.logit_scale.device
+        images, tokens = self.preprocess(image)[None].to(device), self.model.tokenize(labels, self.tokenizer).to(device)
+        probabilities = self.model.logits(images, tokens)[0].softmax(dim=0).tolist()
+        return sorted(zip(labels, probabilities), key=lambda pair: -pair[1])[:top_k]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 5:
-        sys.exit('usage: python liteclip.py CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
-    source, image, *labels = sys.argv[1:]
-    try:
-        for label, probability, cosine in ZeroShotPipeline(source).scores(image, labels):
-            print(f"{probability:7.1%}  cosine {cosine:+.3f}  {label}")
-    except ValueError as error:
-        sys.exit(f"liteclip.py: {error}")
+    import data
+    data.command(load)

@@ -50,7 +50,6 @@ What differs:
 """
 import math
 import re
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -259,13 +258,11 @@ def gather(x):
     return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def upcast(x):
-    """Half precision to fp32; fp32 and float64 stay what they are."""
+def upcast(x):  # half precision to fp32; fp32 and float64 stay what they are
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def full_precision(x):
-    """Without autocast: the towers may run in bf16, but not the normalisation, the similarities or the loss."""
+def full_precision(x):  # without autocast: the towers may run in bf16, but not normalisation, similarities, loss
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -396,9 +393,8 @@ class ProLIP(nn.Module):
 
         keep: (B, K), indices of the patches to keep, or None for all.
         """
-        size = self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(images.shape)}")
+        if images.shape[1:] != (3, self.config.image_size, self.config.image_size):
+            raise ValueError(f"images must be (B, 3, S, S), S = {self.config.image_size}, got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         mean, log_var = self.image_encoder(images, keep)
@@ -480,8 +476,7 @@ class ProLIP(nn.Module):
         start = [] if tokenizer.start_id is None else [tokenizer.start_id]
         room = self.config.context_length - 1 - len(start)
         pieces = [tokenizer.encode(text) for text in texts]
-        cut = sum(len(p) > room for p in pieces)
-        if cut:
+        if cut := sum(len(p) > room for p in pieces):
             warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
         rows = [[*start, *p[:room], tokenizer.end_id] for p in pieces]
         tokens = torch.full((len(rows), self.config.context_length), tokenizer.pad_id)
@@ -675,26 +670,17 @@ def load(source, device=None):
 
 
 class ZeroShotPipeline:
-    """The shortest way to use a model: ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"])."""
+    """ZeroShotPipeline("best.pt").predict("cat.jpg", ["a cat", "a dog"]) -> [(label, probability), ...], best first."""
     def __init__(self, source, device=None):
         self.model, self.tokenizer, self.preprocess = load(source, device)
 
     @torch.no_grad()
-    def scores(self, image, labels):
-        """image: a path or a PIL image; labels: texts -> [(label, probability, cosine, uncertainty), ...], best first.
-
-        The cosines are those of the means.
-        """
-        device = self.model.logit_scale.device
-        image_features = self.model.encode_image(self.preprocess(image)[None].to(device))
-        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer).to(device))
-        cosines = self.model.classify(image_features, text_features)[0]
-        probabilities = (self.model.logit_scale.exp() * cosines).softmax(dim=0)
-        rows = zip(labels, probabilities.tolist(), cosines.tolist(), text_features.uncertainty.tolist())
-        return sorted(rows, key=lambda row: -row[1])
-
     def predict(self, image, labels, top_k=5):
-        return [(label, probability) for label, probability, *_ in self.scores(image, labels)[:top_k]]
+        """image: a path or a PIL image; labels: two texts or more."""
+        device = self.model.logit_scale.device
+        images, tokens = self.preprocess(image)[None].to(device), self.model.tokenize(labels, self.tokenizer).to(device)
+        probabilities = self.model.logits(images, tokens)[0].softmax(dim=0).tolist()
+        return sorted(zip(labels, probabilities), key=lambda pair: -pair[1])[:top_k]
 
 
 # --- prompts, weighted by how well they describe a class's pictures -------------------------------------------------
@@ -736,11 +722,5 @@ def mix(features, weights):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 5:
-        sys.exit('usage: python prolip.py CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
-    source, image, *labels = sys.argv[1:]
-    try:
-        for label, probability, cosine, uncertainty in ZeroShotPipeline(source).scores(image, labels):
-            print(f"{probability:7.1%}  cosine {cosine:+.3f}  uncertainty {uncertainty:.4f}  {label}")
-    except ValueError as error:
-        sys.exit(f"prolip.py: {error}")
+    import data
+    data.command(load)

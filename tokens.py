@@ -248,7 +248,7 @@ class WordPiece(Tokenizer):
     special = re.compile(r"(\[(?:PAD|UNK|CLS|SEP|MASK)\])")
 
     def __init__(self, vocab, lower=True, clean=False):
-        """lower: whether to lower-case and to drop accents; clean: whether to call basic_clean first, as CLIPS does."""
+        """lower: whether to lower-case and to drop accents; clean: whether to call basic_clean first."""
         super().__init__()
         self.vocab, self.lower, self.clean = list(vocab), lower, clean
         self.ids = {piece: i for i, piece in enumerate(self.vocab)}
@@ -372,28 +372,22 @@ class Unigram(Tokenizer):
 
 # --- from a file, from a checkpoint ---------------------------------------------------------------------------------
 
-KINDS = {  # what a recipe calls a published vocabulary: how it is read, and what the file should be
-    "clip": (CLIPBPE.from_file, "CLIP's bpe_simple_vocab_16e6.txt.gz"),
-    "unigram": (Unigram.from_file, "a tokenizer.json with a Unigram model (type, vocab, unk_id)"),
-    "wordpiece": (lambda path: WordPiece(read_lines(path)), "BERT's vocab.txt, with [PAD], [UNK], [CLS] and [SEP]"),
-    "wordpiece-cased": (lambda path: WordPiece(read_lines(path), lower=False), "KLUE's vocab.txt"),
-    "wordpiece-clips": (lambda path: WordPiece(read_lines(path), clean=True), "BERT's vocab.txt"),
-}
-
-
-def read_lines(path):
-    return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-
-
 def read_vocabulary(kind, path):
-    """The tokenizer of a published vocabulary; kind: one of KINDS."""
-    read, expected = KINDS[kind]
+    """The tokenizer of a published vocabulary: "clip" (merges), "unigram" (T5's), "wordpiece" (BERT's, in lower case),
+    "wordpiece-clips" (BERT's, for CLIPS), "wordpiece-cased" (KLUE's).
+    """
     try:
-        return read(path)
+        if kind == "clip":
+            return CLIPBPE.from_file(path)
+        if kind == "unigram":
+            return Unigram.from_file(path)
+        vocab = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return WordPiece(vocab, lower=kind != "wordpiece-cased", clean=kind == "wordpiece-clips")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected {expected}") from None
+        raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is no vocabulary ({error}); expected {expected}") from None
+        raise UserError(f"{path} is no {kind} vocabulary ({error}); expected CLIP's bpe_simple_vocab_16e6.txt.gz, a "
+                        "tokenizer.json with a Unigram model, or a vocab.txt with [PAD], [UNK], [CLS], [SEP]") from None
 
 
 def from_state(state):

@@ -40,8 +40,8 @@ from tqdm import tqdm
 import data
 import tokens
 from data import UserError, say
-from evaluate import (MODELS, autocast, describe, each, evaluate, first_on_each_machine, gallery, home, join,
-                      pick_precision, rank, sizes, test, world)
+from evaluate import (MODELS, autocast, describe, each, evaluate, gallery, home, join, pick_precision, rank, sizes, test,
+                      world)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -108,23 +108,18 @@ def set_up(args):
     """Everything that the loop needs, in a namespace: data, model, optimizer, and where the run is."""
     run = SimpleNamespace(device=data.best_device(), began=time.time(), step=0, best=-1.0, minutes=0.0)
     run.precision = pick_precision(run.device, args.precision)
-    saved = data.read_checkpoint(args.checkpoint) if args.checkpoint else None
-    Model, config, recipe = MODELS[args.model], home(args.model).CONFIGS[args.config], home(args.model).RECIPES[args.config]
-
+    config = home(args.model).CONFIGS[args.config]
     load = functools.partial(data.load, args.data, size=config.image_size, root=args.root,
                              fit=getattr(config, "fit", "crop"), cache=args.cache)
     training, run.validation = first_on_each_machine(lambda: [load("train"), load("val")])
     run.task = data.load_zero_shot(args.data, config.image_size)
 
     torch.manual_seed(args.seed)
-    if saved:
-        run.tokenizer = tokens.from_state(saved["tokenizer"])
-        run.model = Model(type(config)(**saved["config"]))
-        run.model.load_state_dict(saved["weights"])
+    if args.checkpoint:
+        model, run.tokenizer, _ = home(args.model).load(args.checkpoint, run.device)
     else:
-        texts = [text for s in training.samples for text in (*s.captions, s.long, s.web) if text]
-        run.model, run.tokenizer = first_on_each_machine(lambda: make_model(args, Model, config, recipe, texts))
-    model = run.model.to(run.device)
+        model, run.tokenizer = first_on_each_machine(lambda: make_model(args, config, training))
+    run.model = model = model.to(run.device)
     check_texts(model, run.tokenizer, training)
     if args.recompute:
         recompute_blocks(model)
@@ -132,38 +127,48 @@ def set_up(args):
         torch._dynamo.config.optimize_ddp = not args.recompute  # older versions of torch cannot have all three
         for tower in model.children():
             tower.compile()  # in place: the parameters, and so the checkpoints, keep their names
-    run.loader = data.Loader(training, args.batch, lambda samples, rngs: model.text_batch(samples, rngs, run.tokenizer),
-                             seed=args.seed, rank=rank(), world=world(), epoch=args.samples)
-    run.steps = math.ceil(args.epochs * run.loader.steps_per_epoch)
-    run.optimizer = make_optimizer(model, args.weight_decay, args.image_lr, args.shard_optimizer)
-    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
     run.in_parts, run.network = 0 < args.microbatch < args.batch // world(), model
     if world() > 1 and run.in_parts:
         for tensor in model.state_dict().values():  # all processes start from the same, as with DistributedDataParallel
             dist.broadcast(tensor, 0)
     elif world() > 1:
         run.network = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
-    if saved:
-        go_on(run, args, saved, len(training))
-    run.folder = Path(args.checkpoint).parent if args.checkpoint else make_folder(args) if rank() == 0 else None
+
+    run.loader = data.Loader(training, args.batch, lambda samples, rngs: model.text_batch(samples, rngs, run.tokenizer),
+                             seed=args.seed, rank=rank(), world=world(), epoch=args.samples)
+    run.steps = math.ceil(args.epochs * run.loader.steps_per_epoch)
+    run.optimizer = make_optimizer(model, args.weight_decay, args.image_lr, args.shard_optimizer)
+    run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
+    if args.checkpoint:
+        go_on(run, args.checkpoint)
+    run.folder = (Path(args.checkpoint).parent if args.checkpoint else make_folder(args)) if rank() == 0 else None
     run.log = Log(run.folder, run.step, chance_loss(model, args.batch))
-    say(f"{args.model} {args.config} on {args.data}: {run.device.type}{f' x {world()}' if world() > 1 else ''}, "
-        f"{run.precision}, {sum(p.numel() for p in model.parameters()):,} parameters; {len(training):,} training images, "
-        f"{len(run.validation):,} validation; batch {args.batch}, {run.loader.steps_per_epoch} steps an epoch, "
-        f"{run.steps:,} in all; a model that tells nothing apart has a contrastive loss of {run.log.chance:.2f}")
-    say(gallery(run.validation) + (f"; zero-shot: {len(run.task.images)} pictures, {len(run.task.prompts)} classes, chance "
-                                   f"{100 / len(run.task.prompts):.1f} %" if run.task else ""))
+    say(f"{args.model} {args.config} on {args.data}: {run.device.type} x {world()}, {run.precision}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(training):,} training images, batch {args.batch}, "
+        f"{run.loader.steps_per_epoch} steps an epoch, {run.steps:,} in all; a model that tells nothing apart has a "
+        f"contrastive loss of {run.log.chance:.2f}")
+    say(gallery(run.validation))
     return run
 
 
-def go_on(run, args, saved, images):
+def first_on_each_machine(function):
+    """Call it in one process of each machine, then in the others: the first one builds the caches and downloads."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result = function() if first else None
+    if world() > 1:
+        dist.barrier()
+    return result if first else function()
+
+
+def go_on(run, path):
     """Put the optimizer, the scaler and the counters where the checkpoint has them."""
-    if saved["images"] != images:
-        raise UserError(f"{args.checkpoint} is of a run on {saved['images']:,} training images; here are {images:,}: with "
-                        "other data it would not be the same run")
+    saved = data.read_checkpoint(path)
+    if saved["images"] != len(run.loader.split):
+        raise UserError(f"{path} is of a run on {saved['images']:,} training images; here are {len(run.loader.split):,}: "
+                        "with other data it would not be the same run")
     if saved["step"] >= run.steps:
-        raise UserError(f"{args.checkpoint} is the end of its run, {run.steps} steps; nothing to resume. Its figures: "
-                        f"python evaluate.py {Path(args.checkpoint).parent}")
+        raise UserError(f"{path} is the end of its run, {run.steps} steps; nothing to resume. Its figures: "
+                        f"python evaluate.py {Path(path).parent}")
     for group, new in zip(saved["optimizer"]["param_groups"], run.optimizer.param_groups):
         group["fused"] = new.get("fused")  # a matter of this call's device and flags, not of the checkpoint
     run.optimizer.load_state_dict(saved["optimizer"])
@@ -378,9 +383,10 @@ class Log:
 
 # --- the beginning of a run -----------------------------------------------------------------------------------------
 
-def make_model(args, Model, config, recipe, texts):
+def make_model(args, config, training):
     """-> model, tokenizer: from the files of the recipe, or new, with a tokenizer trained on the captions."""
-    if recipe.get("files") and not args.scratch:
+    Model, recipe = MODELS[args.model], home(args.model).RECIPES[args.config]
+    if "files" in recipe and not args.scratch:
         try:
             files = data.fetch(recipe["files"], args.cache)
             tokenizer = tokens.read_vocabulary(recipe["tokenizer"], files.pop("vocab"))
@@ -388,6 +394,7 @@ def make_model(args, Model, config, recipe, texts):
             return start(**files, config=config), tokenizer
         except (UserError, ImportError, RuntimeError, LookupError) as error:
             raise UserError(f"{' '.join(str(error).split())[:500]}; or start from random weights with --scratch") from None
+    texts = [text for s in training.samples for text in (*s.captions, s.long, s.web) if text]
     tokenizer = tokens.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
     special = {name: getattr(tokenizer, name) for name in ("pad_id", "start_id", "end_id", "mask_id", "class_id")
                if hasattr(config, name)}
@@ -404,7 +411,7 @@ def check_texts(model, tokenizer, split):
     warnings.filterwarnings("ignore", message="texts of more than")  # said here, once, for all of them
     pictures = collections.Counter(text for sample in split.samples for text in set(sample.captions))
     shared = sum(number for number in pictures.values() if number > 1) / sum(pictures.values())
-    say(f"{number:,} captions{' of the first shard' if data.is_shards(split.name.split()[0]) else ''}, of "
+    say(f"{number:,} captions{' of the first shard' if isinstance(split, data.Shards) else ''}, of "
         f"{lengths / len(texts):.1f} tokens on average; vocabulary {len(tokenizer):,}"
         + (f"; {shared:.0%} of them are said of several pictures, and count as wrong for each other's in a batch"
            if shared > 0.1 else "") + "".join(f"; {w.message}" for w in caught))
@@ -413,7 +420,7 @@ def check_texts(model, tokenizer, split):
 def make_folder(args):
     """The run's folder: --out or --resume, or the first of runs/MODEL-DATA, ...-2, ...-3 that is not there yet."""
     place = Path(args.data).resolve()
-    name = f"{args.model}-{place.parent.name if data.is_shards(place) else place.stem}"
+    name = f"{args.model}-{place.parent.name if place.suffix == '.tar' else place.stem}"
     try:
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -435,16 +442,6 @@ RECIPE = ("epochs", "batch", "lr", "image_lr", "weight_decay", "warmup")
 MOVABLE = ("root", "cache", "out", "microbatch", "recompute", "compile", "shard_optimizer")  # may change on --resume
 
 
-def at_least(least, kind=float):
-    def number(text):
-        value = kind(text)
-        if not least <= value < 1e9:
-            raise ValueError
-        return value
-    number.__name__ = f"number, {least} or more:"  # argparse: "invalid number, 1 or more: value: '0'"
-    return number
-
-
 def parse(argv):
     """What was typed, and nothing else."""
     parser = argparse.ArgumentParser(description="Train a CLIP-family model. The defaults of the second group are those "
@@ -459,19 +456,19 @@ def parse(argv):
     add("--out", help="the run's folder (runs/MODEL-DATA)")
     add("--resume", metavar="RUN", help="go on with the run in this folder, or begin it there")
     add("--scratch", action="store_true", help="start from random weights where the recipe starts from published ones")
-    add("--samples", type=at_least(2, int), help="pictures in an epoch, after which a run is evaluated and saved (all)")
+    add("--samples", type=int, help="pictures in an epoch, after which a run is evaluated and saved (all)")
     add = parser.add_argument_group("the recipe").add_argument
-    add("--epochs", type=at_least(1e-6), help="passes over the training images")
-    add("--batch", type=at_least(2, int), help="images a step, over all processes together")
-    add("--lr", type=at_least(1e-12), help="peak learning rate")
-    add("--image-lr", type=at_least(1e-12), help="that of the image tower's matrices, as a multiple of --lr")
-    add("--weight-decay", type=at_least(0))
-    add("--warmup", type=at_least(0), help="the share of the steps in which the learning rate rises, 0 to 1")
-    add("--seed", type=at_least(0, int))
+    add("--epochs", type=float, help="passes over the training images")
+    add("--batch", type=int, help="images a step, over all processes together")
+    add("--lr", type=float, help="peak learning rate")
+    add("--image-lr", type=float, help="that of the image tower's matrices, as a multiple of --lr")
+    add("--weight-decay", type=float)
+    add("--warmup", type=float, help="the share of the steps in which the learning rate rises, 0 to 1")
+    add("--seed", type=int)
     add = parser.add_argument_group("how it is computed: except for --precision, with the same result up to rounding and "
                                     "to what dropout draws").add_argument
     add("--precision", choices=("fp32", "bf16", "fp16"), help="(what the device is best at)")
-    add("--microbatch", type=at_least(0, int), metavar="N", help="encode N images a process at a time: less memory, a "
+    add("--microbatch", type=int, metavar="N", help="encode N images a process at a time: less memory, a "
                                                                  "second forward pass, and still one batch (0: all)")
     add("--recompute", action=switch, help="keep only the inputs of blocks for the backward pass: much less memory, a "
                                            "second forward pass")
@@ -505,8 +502,6 @@ def settle(typed):
     args["data"] = args["data"] or recipe.get("data", "shapes")
     if args["out"] and (Path(args["out"]) / "last.pt").exists() and not saved:
         raise UserError(f"--out {args['out']} holds a run already: go on with --resume {args['out']}, or name another folder")
-    if not args["warmup"] < 1:
-        raise UserError(f"--warmup {args['warmup']}: a share of the run, below 1; else --lr is never reached")
     return argparse.Namespace(**args)
 
 
