@@ -2,8 +2,8 @@
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020 (2021).
 
 The idea: do not teach a model to name one of 1,000 classes. Show it B pictures and their B captions, and ask which
-caption belongs to which picture. A model that can answer that for any batch can say in words what a picture shows, and
-a new class is just a new caption.
+caption belongs to which picture. A model that can answer that for any batch can pick the text that fits a picture, and
+a new class is just a new text.
 
     image    u = ViT(image)         patches of P x P pixels and a class token, whose last state is projected      (B, E)
     text     v = Transformer(text)  causal; the state at the end-of-text token, projected                         (B, E)
@@ -13,8 +13,8 @@ a new class is just a new caption.
 Shapes: B batch, S image side, P patch side, N image tokens (class token and patches), L text tokens, D width,
 H attention heads, E embedding, W processes, I images, T texts.
 
-Attention, MLP and Block are those of any transformer; contrastive_loss is the paper; CLIP joins them. What follows is
-for when you need it: published weights, sizes, and KoCLIP, the same loss in Korean on two pretrained towers.
+Attention, MLP and Block are a standard transformer; contrastive_loss is the paper; CLIP joins them. Skip the rest at
+first: published weights, sizes, and KoCLIP, the same loss in Korean on two pretrained towers.
 
 It computes what OpenAI's code computes (tests/golden holds the values). What differs:
   - a text's feature is taken at the first `end_id`, not at the largest id: the same token with CLIP's tokenizer;
@@ -47,7 +47,7 @@ class Config:
     image_heads: int = 12
     image_mlp: int = 3072            # the hidden width
     vocab_size: int = 49408
-    end_id: int = 49407              # the end-of-text token: a text's feature is its state there
+    end_id: int = 49407              # the end-of-text token: its state is the text's feature
     context_length: int = 77         # longer texts are cut to this
     text_width: int = 512
     text_layers: int = 12
@@ -56,9 +56,9 @@ class Config:
     embed_dim: int = 512
     activation: str = "quick_gelu"   # OpenAI's weights; LAION's need "gelu"
     sines_and_contrast: bool = False  # a better start for a small image tower: see the function of that name
-    image_tower: str = "clip"        # or "vit": KoCLIP's, as are the next three; see the end of the file
+    image_tower: str = "clip"        # or "vit"; the last four fields are for KoCLIP, below
     text_tower: str = "clip"         # or "roberta"
-    pad_id: int = 1                  # RoBERTa looks for the padding, CLIP for the end
+    pad_id: int = 1                  # RoBERTa has to mask the padding
     dropout: float = 0.1             # in RoBERTa only
 
 
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as nn.MultiheadAttention starts
+        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as in nn.MultiheadAttention
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a nonlinearity between them. The names (c for convolution) are GPT-2's, and from there CLIP's."""
+    """Linear, nonlinearity, linear. CLIP took the names c_fc and c_proj (c for convolution) from GPT-2."""
     def __init__(self, width, hidden, activation=F.gelu):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -101,7 +101,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with the norms before attention and MLP (pre-LN): x itself is only ever added to."""
+    """A transformer block with the norms before attention and MLP (pre-LN): the sum itself is never normalised."""
     def __init__(self, width, heads, hidden, activation, eps=1e-5):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=eps)
@@ -144,7 +144,7 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A causal transformer: tokens (B, L) with `end_id` in every row -> (B, E), from the state at the first `end_id`.
 
-    That state has read the whole text and nothing behind it, so the padding may be any ids, and of any length.
+    That token sees the whole text and nothing after it, so the padding may have any ids and any length.
     """
     def __init__(self, config):
         super().__init__()
@@ -157,7 +157,7 @@ class TextEncoder(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.blocks:  # the more blocks, the smaller each one's first contribution to x
+        for block in self.blocks:  # the deeper the tower, the less each block adds to x at first
             nn.init.normal_(block.attn.in_proj.weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -177,33 +177,33 @@ class TextEncoder(nn.Module):
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
-    Every process brings the same B. Why the gradient is exact: process r has the loss l_r of its own B rows, and the
-    loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward pass below sums, over q, the part that flows through the gathered
-    copies. Autograd adds the part that flows through the rows of l_r. DDP averages gradients, which is the 1/W.
+    B must be the same on all processes. Why the gradient is exact: process r has the loss l_r of its own B rows, and
+    the whole batch has l = 1/W sum_r l_r. Every l_q depends on the features x_r of process r, so dl/dx_r is
+    1/W sum_q dl_q/dx_r. `backward` sums over q what flows through the gathered copies; autograd adds what flows
+    through r's own rows, which were not gathered. DDP averages gradients, which is the 1/W.
     """
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
+        dist.all_gather(rows, x)
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd still needs its own tensor
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x):
-    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return Gather.apply(x.contiguous()) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def upcast(x):  # half precision to fp32; fp32 and float64 stay what they are
+def upcast(x):  # half precision to fp32; leaves fp32 and float64 as they are
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def full_precision(x):  # without autocast: the towers may run in bf16, but not normalisation, similarities, loss
+def full_precision(x):  # switches autocast off: the towers may run in bf16, similarities and losses may not
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -212,15 +212,15 @@ def full_precision(x):  # without autocast: the towers may run in bf16, but not 
 def contrastive_loss(image_features, text_features, scale):
     """The symmetric cross-entropy of CLIP over the global batch (CLIP, Fig. 3).
 
-    image_features, text_features: (B, E) of length 1, of which rows i belong together; scale: exp(logit_scale).
-    Local rows against the columns of all W processes. If all features are alike, it is ln(W B).
-    In fp32, as in bf16 and at a scale of 100 the logits of matching pairs are wrong by up to 0.4.
+    image_features, text_features: (B, E) of length 1, row i of both is a pair; scale: exp(logit_scale).
+    Rows are local, columns come from all W processes. The loss is ln(W B) if all features are equal.
+    It is computed in fp32: in bf16, at a scale of 100, logits of matching pairs are off by up to 0.4.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
         logits_per_image = scale * image_features @ gather(text_features).T  # (B, W B)
         logits_per_text = scale * text_features @ gather(image_features).T   # (B, W B)
-        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # where our columns begin
+        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # the column of our row 0
         labels = torch.arange(first, first + len(image_features), device=image_features.device)
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
@@ -234,8 +234,7 @@ class CLIP(nn.Module):
         self.config = config
         self.image_encoder = ViT(config) if config.image_tower == "vit" else ImageEncoder(config)
         self.text_encoder = RoBERTa(config) if config.text_tower == "roberta" else TextEncoder(config)
-        # Cosines lie in [-1, 1], too narrow for a confident softmax. How far to stretch them is learned, as an
-        # exponent, so that the factor stays positive. train.py keeps it at most 100.
+        # Stretches the cosines. Learned as a logarithm, so that it stays positive; train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The mean and standard deviation of the pictures that CLIP was trained on.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
@@ -247,14 +246,14 @@ class CLIP(nn.Module):
             raise ValueError(f"images must be (B, 3, S, S), S = {self.config.image_size}, got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self.normalize(self.image_encoder(images))
+        return F.normalize(upcast(self.image_encoder(images)), dim=-1)
 
     def encode_text(self, tokens):
         """int64 tokens from `tokenize`, (B, L), L at most the number of positions -> features of length 1, (B, E)."""
-        return self.normalize(self.text_encoder(tokens))
+        return F.normalize(upcast(self.text_encoder(tokens)), dim=-1)
 
     def similarity(self, image_features, text_features):
-        """(I, E), (T, E) -> cosines (I, T), in fp32: what ranks captions, images and labels."""
+        """(I, E), (T, E) -> cosines (I, T), in fp32: they rank captions, images and labels."""
         with full_precision(image_features):
             return upcast(image_features) @ upcast(text_features).T
 
@@ -263,11 +262,11 @@ class CLIP(nn.Module):
         return self.logit_scale.exp() * self.similarity(self.encode_image(images), self.encode_text(tokens))
 
     def forward(self, images, tokens):
-        """images (B, 3, S, S) and their captions (B, L) -> {"loss": ...}; other models add the terms of the sum."""
+        """images (B, 3, S, S) and their captions (B, L) -> {"loss": ...}; other models add its terms."""
         return self.loss(**self.encode(images, tokens))
 
     def encode(self, images, tokens):
-        """What each sample contributes to the loss. To save memory, train.py calls it for a few samples at a time."""
+        """The arguments of `loss`, a row for each sample. To save memory, train.py may call it on parts of a batch."""
         if len(images) != len(tokens):
             raise ValueError(f"{len(images)} images and {len(tokens)} captions; expected one caption for each image")
         return {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
@@ -275,26 +274,18 @@ class CLIP(nn.Module):
     def loss(self, image_features, text_features):
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
 
-    @staticmethod
-    def normalize(x):
-        with full_precision(x):
-            return F.normalize(upcast(x), dim=-1)
-
     def tokenize(self, texts, tokenizer):
-        """Texts, or one -> int64 (B, L): start, pieces, end; cut to context_length, keeping the end; padded."""
+        """A text or several -> int64 (B, L): start, ids, end, padding. Long texts are cut before the end id."""
         texts = [texts] if isinstance(texts, str) else texts
         room = self.config.context_length - 2
         pieces = [tokenizer.encode(text) for text in texts]
         if cut := sum(len(p) > room for p in pieces):
             warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
-        rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
-        tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
-        for i, row in enumerate(rows):
-            tokens[i, :len(row)] = torch.tensor(row)
-        return tokens
+        rows = [torch.tensor([tokenizer.start_id, *p[:room], tokenizer.end_id]) for p in pieces]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: a caption of each sample of data.py, drawn by its own generator."""
+        """What `forward` takes besides images: a caption of each sample (of data.py), drawn by its own generator."""
         return {"tokens": self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)}
 
     # --- published weights --------------------------------------------------------------------------------------------
@@ -302,9 +293,9 @@ class CLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, source, config=None):
         """Published weights, loaded strictly: a name of PUBLISHED, or a file or a state dict in the names of OpenAI,
-        open_clip or Hugging Face. config: a Config or its name; a published name implies it.
+        open_clip or Hugging Face. config: a Config or its name, needed unless source is a name of PUBLISHED.
 
-        OpenAI's files are TorchScript archives, which can contain code: open none from strangers. LAION's weights need
+        OpenAI's files are TorchScript archives, which can contain code: open only trusted ones. LAION's weights need
         replace(CONFIGS["vit-b-32"], activation="gelu"). Positions are resized to the config's image_size.
         """
         config = config if isinstance(config, Config) else CONFIGS[config or source]
@@ -316,7 +307,7 @@ class CLIP(nn.Module):
 NAMES = [  # (a pattern in the published name, what it becomes here), all applied in this order:
     # visual.transformer.resblocks.0.attn.in_proj_weight -> image_encoder.blocks.0.attn.in_proj.weight
     (r"^(module\.|_orig_mod\.)+", ""),
-    # Settings of OpenAI's archives and buffers of Hugging Face's models, which are no weights
+    # Settings of OpenAI's archives and buffers of Hugging Face's models, not weights
     (r"^.*\bposition_ids$|^(input_resolution|context_length|vocab_size)$", ""),
     # OpenAI and open_clip
     (r"^visual\.", "image_encoder."), (r"\btransformer\.resblocks\.", "blocks."), (r"\.in_proj_", ".in_proj."),
@@ -333,7 +324,7 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all applie
 
 
 def open_archive(source):
-    """OpenAI's TorchScript archives and KoCLIP's Flax files -> state dicts. Any other source is for read_weights."""
+    """OpenAI's TorchScript archives and KoCLIP's Flax files -> state dicts. Any other source is returned."""
     if isinstance(source, str) and source in PUBLISHED:
         import data  # only here, so that the rest of the file needs nothing but torch
         source = data.fetch(PUBLISHED[source])["source"]
@@ -349,14 +340,11 @@ def open_archive(source):
 
 
 def read_weights(source, names):
-    """A name of PUBLISHED, a file or a state dict -> its tensors in the names of this file. Runs no code from a file.
-
-    names: pairs of a pattern and its replacement, all applied in this order; a name that becomes empty is dropped.
-    """
+    """A name of PUBLISHED, a file or a state dict -> its tensors, renamed by `names`. Runs no code from a file."""
     if isinstance(source, str) and source in PUBLISHED:
         import data  # only here, so that the rest of the file needs nothing but torch
         source = data.fetch(PUBLISHED[source])["source"]
-    if str(source)[-12:] == ".safetensors":
+    if not isinstance(source, dict) and str(source).endswith(".safetensors"):
         from safetensors.torch import load_file  # pip install safetensors
         source = load_file(source)
     state = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
@@ -365,24 +353,20 @@ def read_weights(source, names):
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
-    renamed.pop("", None)
+    renamed.pop("", None)  # `names` empties the names of what is not used
     return renamed
 
 
 def load_weights(model, state):
-    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit.
-
-    Queries, keys and values become one matrix; ".T" at the end of a name marks a transposed matrix; embeddings may have
-    additional axes of length 1.
-    """
+    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit."""
     own = model.state_dict()
     for name in list(state):
-        if ".q_proj." in name:
+        if ".q_proj." in name:  # queries, keys and values become one matrix
             parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             state[name.replace(".q_proj.", ".in_proj.")] = torch.cat(parts)
-        elif name.endswith(".T"):
+        elif name.endswith(".T"):  # it is stored transposed
             state[name.removesuffix(".T")] = state.pop(name).T
-        elif "embedding" in name and name in own and state[name].numel() == own[name].numel():
+        elif name in own and state[name].squeeze().shape == own[name].squeeze().shape:  # but for axes of length 1
             state[name] = state[name].reshape(own[name].shape)
     model.load_state_dict(state)
     return model.eval()
@@ -405,23 +389,21 @@ def resize_positions(model, state):
 
 LARGE = dict(patch_size=14, image_width=1024, image_layers=24, image_heads=16, image_mlp=4096, text_width=768,
              text_heads=12, text_mlp=3072, embed_dim=768)
+TINY = dict(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
+            vocab_size=1024, context_length=64, text_width=128, text_layers=2, text_heads=4, text_mlp=512,
+            embed_dim=128, sines_and_contrast=True)
+ROBERTA_LARGE = dict(text_tower="roberta", vocab_size=32000, context_length=514, text_width=1024, text_layers=24,
+                     text_heads=16, text_mlp=4096)
 CONFIGS = {
     "vit-b-32": Config(),                              # 151,277,313 parameters
     "vit-b-16": Config(patch_size=16),                 # 149,620,737
     "vit-l-14": Config(**LARGE),                       # 427,616,513
     "vit-l-14-336": Config(image_size=336, **LARGE),   # 427,944,193
-    "tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
-                   vocab_size=1024, end_id=2, context_length=64, text_width=128, text_layers=2, text_heads=4,
-                   text_mlp=512, embed_dim=128, sines_and_contrast=True),
-    "koclip-base": Config(vocab_size=32000, context_length=514, text_width=1024, text_layers=24, text_heads=16,
-                          text_mlp=4096, text_tower="roberta"),                                     # 425,029,889
-    "koclip-large": Config(patch_size=16, image_width=1024, image_layers=24, image_heads=16, image_mlp=4096,
-                           vocab_size=32000, context_length=514, text_width=1024, text_layers=24, text_heads=16,
-                           text_mlp=4096, activation="gelu", image_tower="vit", text_tower="roberta"),  # 642,056,193
-    "koclip-tiny": Config(image_size=32, patch_size=8, image_width=256, image_layers=2, image_heads=8, image_mlp=1024,
-                          vocab_size=1024, context_length=64, text_width=128, text_layers=2, text_heads=4,
-                          text_mlp=512, embed_dim=128, sines_and_contrast=True, text_tower="roberta", pad_id=0,
-                          dropout=0.0),
+    "tiny": Config(**TINY, end_id=2),
+    "koclip-base": Config(**ROBERTA_LARGE),            # 425,029,889
+    "koclip-large": Config(**ROBERTA_LARGE, image_tower="vit", patch_size=16, image_width=1024, image_layers=24,
+                           image_heads=16, image_mlp=4096, activation="gelu"),                      # 642,056,193
+    "koclip-tiny": Config(**TINY, text_tower="roberta", pad_id=0, dropout=0.0),
 }
 
 OPENAI, HUB = "https://openaipublic.azureedge.net/clip/models", "https://huggingface.co"
@@ -441,9 +423,9 @@ PUBLISHED = {  # the files of a published model: (address, SHA-256 where one is 
     "koclip-large": {"source": (f"{HUB}/koclip/koclip-large/resolve/main/flax_model.msgpack", None), "vocab": KLUE},
 }
 
-# What train.py uses unless told otherwise. files: what a run starts from (KoCLIP's from two pretrained towers);
-# tokenizer: the kind of their vocabulary; image_lr: the image tower's rate, in multiples of lr; scratch: what changes
-# with --scratch, which starts from nothing. CLIP's epochs, rate and decay are the paper's, whose batch was 32,768.
+# The defaults of train.py. files: the weights that a run starts from; tokenizer: the kind of their vocabulary;
+# image_lr: the image tower's rate, as a multiple of lr; scratch: what --scratch (from random weights) changes. The
+# values in SCRATCH are the paper's, for a batch of 32,768.
 FINE = dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="clip")
 SCRATCH = dict(epochs=32, lr=5e-4, weight_decay=0.2)
 KO = dict(batch=512, epochs=40, lr=5e-5, image_lr=1.0, weight_decay=0.1, warmup=0.01, tokenizer="wordpiece-cased",
@@ -467,16 +449,15 @@ RECIPES = {
 def sines_and_contrast(encoder, grid):
     """Start an image tower with what a ViT learns first: without it, the tiny size learns colours but hardly any shape.
 
-    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three
-    quarters lose their mean and become six times as strong, so that contrast counts beside brightness.
+    Positions: sines and cosines of a patch's column and row, so that neighbours are similar. Patch filters: three
+    quarters of them lose their mean and are multiplied by 6, so that contrast counts as much as brightness.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
     quarter = table.shape[1] // 4
     angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4): place x frequency
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
-    contrast = filters[:3 * quarter]
-    contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
+    filters[:3 * quarter] = 6 * (filters - filters.mean(dim=(2, 3), keepdim=True))[:3 * quarter]
 
 
 def load(source, device=None):
@@ -501,12 +482,12 @@ class ZeroShotPipeline:
 
 # --- KoCLIP ---------------------------------------------------------------------------------------------------------
 # The same loss on two pretrained towers: RoBERTa-large, which knows Korean (KLUE's), and an image tower (base: CLIP's
-# own ViT-B/32; large: Google's ViT-L/16). github.com/jaketae/koclip, 2021; there is no paper, and no figures.
+# own ViT-B/32; large: Google's ViT-L/16). github.com/jaketae/koclip, 2021; no paper, no published scores.
 #
 # Its weights need these quirks: RoBERTa's positions count from 0, where RoBERTa itself begins at 2; its pooler, and the
 # ViT's in the large one, end in tanh; pictures have CLIP's mean and standard deviation for the ViT, too.
-# Of its training, exp(logit_scale) starts at e, not at 1/0.07. Not followed: negatives from one device's part of the
-# batch, weight decay on everything, a scale without bounds.
+# As in its training, exp(logit_scale) starts at e, not at 1/0.07. Unlike there, negatives come from all devices, weight
+# decay spares biases and norms, and the scale is capped.
 
 class PostBlock(nn.Module):
     """A transformer block with the norms after each sum (post-LN), as in BERT."""
@@ -538,7 +519,7 @@ class RoBERTa(nn.Module):
                                     for _ in range(config.text_layers))
         self.pooler = nn.Linear(width, width)
         self.text_projection = nn.Parameter(0.02 * torch.randn(width, config.embed_dim))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)  # for a fresh tower; KoCLIP's came from KLUE
+        nn.init.normal_(self.token_embedding.weight, std=0.02)  # for a new tower; KoCLIP's came from KLUE
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=module.in_features ** -0.5)
@@ -554,7 +535,7 @@ class RoBERTa(nn.Module):
 
 
 class ViT(ImageEncoder):
-    """Google's ViT. Unlike CLIP's: a bias at the patches, no norm before the blocks, a tanh pooler, an eps of 1e-12."""
+    """Google's ViT. Unlike CLIP's: a bias in conv1, no norm before the blocks, a tanh pooler, an eps of 1e-12."""
     def __init__(self, config):
         super().__init__(config)
         width = config.image_width
@@ -567,7 +548,7 @@ class ViT(ImageEncoder):
 
 
 def from_backbones(image, text, config="koclip-base"):
-    """A CLIP as KoCLIP's training starts: pretrained towers, new projections (except CLIP's own), perhaps new poolers.
+    """The start of KoCLIP's training: pretrained towers, new projections (except CLIP's own), new poolers if need be.
 
     image: OpenAI's CLIP ViT-B/32 or Google's ViT-L/16; text: RoBERTa. Hugging Face's files or state dicts; what else is
     in them is dropped.

@@ -9,14 +9,14 @@ the synthetic one. And so that the rest is not wasted, let a decoder, the captio
 
     image    u = ViT(image)             mean of the patches' states, normed, projected                            (B, E)
     texts    v, w = Transformer(web caption), Transformer(one sentence of the synthetic caption)                  (B, E)
-    contrast 1/2 [ CLIP(u, v) + CLIP(u, w) ]     CLIP's symmetric loss, each time over a (B, B) table of its own
+    contrast 1/2 [ CLIP(u, v) + CLIP(u, w) ]     CLIP's symmetric loss, each over its own (B, B) table       
     caption  -mean ln p(y_i | image, web caption)    y (B, C): the synthetic caption; its token i is read from slot i
     loss     contrast + 2 caption                    (the mean is over the tokens of all captions, all processes)
 
 In the code: u image_features, v web_features, w sub_features, y targets.
 
 The captioner (autoregressive in the authors' words) is never given the words of the caption it predicts. In their
-places it has C learned vectors, the slots. A slot sees the image, the web caption and the states of the slots before
+places are C learned vectors, the slots. A slot sees the image, the web caption and the states of the slots before
 it, but never a word that was chosen, so all words are computed in one pass, in training and in `caption`. If several
 captions would be right, the slots cannot agree on one: each gives its own most probable word.
 
@@ -62,17 +62,15 @@ class Config:
     fit: str = "squash"              # pictures are squeezed into a square, not cropped
     vocab_size: int = 32000          # rows of the table; BERT's vocabulary has 30,522
     pad_id: int = 0                  # it is attended to like a word, so the id matters
-    start_id: int = 1                # this and the next are unused in BERT, whose tokenizer has 101 and 102
+    start_id: int = 1                # this and end_id: unused by BERT itself, which has 101 and 102
     end_id: int = 2
-    class_id: int = 101              # BERT's [CLS], last, after the padding: there a text's feature is taken
+    class_id: int = 101              # BERT's [CLS], after the padding: its state is the text's feature
     context_length: int = 80         # longer texts are cut to this, shorter ones padded
     text_width: int = 768
     text_layers: int = 12
     text_heads: int = 12
     text_mlp: int = 3072
     embed_dim: int = 768
-    activation: str = "gelu"
-    text_activation: str = "gelu_tanh"
     norm_eps: float = 1e-6
     sines_and_contrast: bool = False  # a better start for a small image tower: see the function of that name
     caption_layers: int = 12         # the captioner's blocks, as wide as the text tower's; 0: no captioner
@@ -86,9 +84,6 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh}
-
-
 class Attention(nn.Module):
     """Multi-head self-attention. mask: True where a key may be seen, broadcast to (B, H, N, N)."""
     def __init__(self, width, heads, dropout=0.0):
@@ -96,7 +91,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as nn.MultiheadAttention starts
+        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as in nn.MultiheadAttention
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -109,7 +104,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a nonlinearity between them. The names (c for convolution) are GPT-2's, and from there CLIP's."""
+    """Linear, nonlinearity, linear. CLIP took the names c_fc and c_proj (c for convolution) from GPT-2."""
     def __init__(self, width, hidden, activation=F.gelu):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -121,7 +116,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with the norms before attention and MLP (pre-LN): x itself is only ever added to."""
+    """A transformer block with the norms before attention and MLP (pre-LN): the sum itself is never normalised."""
     def __init__(self, width, heads, hidden, activation, eps=1e-5):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=eps)
@@ -144,9 +139,8 @@ class ImageEncoder(nn.Module):
         self.conv1 = nn.Conv2d(3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + grid ** 2, width))
-        self.blocks = nn.ModuleList(
-            Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation], config.norm_eps)
-            for _ in range(config.image_layers))
+        self.blocks = nn.ModuleList(Block(width, config.image_heads, config.image_mlp, F.gelu, config.norm_eps)
+                                    for _ in range(config.image_layers))
         self.ln_post = nn.LayerNorm(width, eps=config.norm_eps)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         if config.sines_and_contrast:
@@ -173,13 +167,12 @@ class TextEncoder(nn.Module):
         width, layers = config.text_width, config.text_layers
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.blocks = nn.ModuleList(
-            Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.text_activation], config.norm_eps)
-            for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, config.text_heads, config.text_mlp, gelu_tanh, config.norm_eps)
+                                    for _ in range(layers))
         self.ln_final = nn.LayerNorm(width, eps=config.norm_eps)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.blocks:  # the more blocks, the smaller each one's first contribution to x
+        for block in self.blocks:  # the deeper the tower, the less each block adds to x at first
             nn.init.normal_(block.attn.in_proj.weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -197,46 +190,43 @@ class TextEncoder(nn.Module):
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
-    Every process brings the same B. Why the gradient is exact: process r has the loss l_r of its own B rows, and the
-    loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward pass below sums, over q, the part that flows through the gathered
-    copies. Autograd adds the part that flows through the rows of l_r. DDP averages gradients, which is the 1/W.
+    B must be the same on all processes. Why the gradient is exact: process r has the loss l_r of its own B rows, and
+    the whole batch has l = 1/W sum_r l_r. Every l_q depends on the features x_r of process r, so dl/dx_r is
+    1/W sum_q dl_q/dx_r. `backward` sums over q what flows through the gathered copies; autograd adds what flows
+    through r's own rows, which were not gathered. DDP averages gradients, which is the 1/W.
     """
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
+        dist.all_gather(rows, x)
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd still needs its own tensor
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x):
-    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return Gather.apply(x.contiguous()) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def upcast(x):  # half precision to fp32; fp32 and float64 stay what they are
+def upcast(x):  # half precision to fp32; leaves fp32 and float64 as they are
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def full_precision(x):  # without autocast: the towers may run in bf16, but not normalisation, similarities, loss
+def full_precision(x):  # switches autocast off: the towers may run in bf16, similarities and losses may not
     return torch.autocast(x.device.type, enabled=False)
 
 
 def mean_of_all(values, counted):
-    """This process's share of the mean over all processes of values, where counted, bool of the same shape, is true.
+    """The mean of the values where `counted` (bool, same shape) is true, over all W processes: this process's share.
 
-    DDP averages the shares of W processes. So a share is the sum here, times W, divided by how many all of them count.
+    DDP averages the W shares. So a share is the local sum, times W, divided by the number counted on all processes.
     """
-    total, processes = counted.sum(), 1
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
-        processes = dist.get_world_size()
-    return (values * counted).sum() * processes / total.clamp(min=1)
+    numbers = gather(counted.sum()[None])  # (W,)
+    return (values * counted).sum() * len(numbers) / numbers.sum().clamp(min=1)
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -244,15 +234,15 @@ def mean_of_all(values, counted):
 def contrastive_loss(image_features, text_features, scale):
     """The symmetric cross-entropy of CLIP over the global batch (CLIP, Fig. 3).
 
-    image_features, text_features: (B, E) of length 1, of which rows i belong together; scale: exp(logit_scale).
-    Local rows against the columns of all W processes. If all features are alike, it is ln(W B).
-    In fp32, as in bf16 and at a scale of 100 the logits of matching pairs are wrong by up to 0.4.
+    image_features, text_features: (B, E) of length 1, row i of both is a pair; scale: exp(logit_scale).
+    Rows are local, columns come from all W processes. The loss is ln(W B) if all features are equal.
+    It is computed in fp32: in bf16, at a scale of 100, logits of matching pairs are off by up to 0.4.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
         logits_per_image = scale * image_features @ gather(text_features).T  # (B, W B)
         logits_per_text = scale * text_features @ gather(image_features).T   # (B, W B)
-        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # where our columns begin
+        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # the column of our row 0
         labels = torch.arange(first, first + len(image_features), device=image_features.device)
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
@@ -301,9 +291,8 @@ class Captioner(nn.Module):
         self.image_proj = nn.Linear(config.image_width, width, bias=False)
         self.text_proj = nn.Linear(width, width, bias=False)
         self.slot_embedding = nn.Parameter(torch.randn(config.caption_length, width))
-        self.blocks = nn.ModuleList(
-            Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.text_activation], config.norm_eps)
-            for _ in range(config.caption_layers))
+        self.blocks = nn.ModuleList(Block(width, config.text_heads, config.text_mlp, gelu_tanh, config.norm_eps)
+                                    for _ in range(config.caption_layers))
         self.ln = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.vocab_size, bias=False)  # from a slot's state to its token
 
@@ -319,8 +308,7 @@ class Captioner(nn.Module):
 def caption_losses(states, head, targets, pad_id):
     """-ln p(y_i), read from slot i: states (B, C, D), targets y (B, C) -> (B, C), and where y has a token, bool (B, C).
 
-    Padding costs nothing, and head is not applied to it: the logits of all slots over a large vocabulary would need
-    most of the memory.
+    Padding has no loss, and head is not applied to it: the logits of all slots would take most of the memory.
     """
     real = targets != pad_id
     with full_precision(states):
@@ -332,7 +320,7 @@ def caption_losses(states, head, targets, pad_id):
 # --- the model ------------------------------------------------------------------------------------------------------
 
 class CLIPS(nn.Module):
-    """Two encoders, one learned number, logit_scale, and, for training and for `caption`, a captioner.
+    """Two encoders, a learned logit_scale, and a captioner, used in training and by `caption`.
 
     Its methods are those of CLIP in clip.py, and `caption`.
     """
@@ -342,8 +330,7 @@ class CLIPS(nn.Module):
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
         self.captioner = Captioner(config) if config.caption_layers else None
-        # Cosines lie in [-1, 1], too narrow for a confident softmax. How far to stretch them is learned, as an
-        # exponent, so that the factor stays positive. train.py keeps it at most 100.
+        # Stretches the cosines. Learned as a logarithm, so that it stays positive; train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The mean and standard deviation of ImageNet's pictures.
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), persistent=False)
@@ -364,7 +351,7 @@ class CLIPS(nn.Module):
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         features, states = self.image_encoder(images)
-        return self.normalize(features), states
+        return F.normalize(upcast(features), dim=-1), states
 
     def text_feature_and_states(self, tokens):
         """-> the feature of encode_text, (B, E), and the tokens' states for the captioner, (B, L - 1, D)."""
@@ -372,10 +359,10 @@ class CLIPS(nn.Module):
         if tokens.ndim != 2 or tokens.shape[1] != limit:
             raise ValueError(f"tokens must be (B, {limit}), as tokenize makes them, got {tuple(tokens.shape)}")
         features, states = self.text_encoder(tokens)
-        return self.normalize(features), states
+        return F.normalize(upcast(features), dim=-1), states
 
     def similarity(self, image_features, text_features):
-        """(I, E), (T, E) -> cosines (I, T), in fp32: what ranks captions, images and labels."""
+        """(I, E), (T, E) -> cosines (I, T), in fp32: they rank captions, images and labels."""
         with full_precision(image_features):
             return upcast(image_features) @ upcast(text_features).T
 
@@ -385,7 +372,7 @@ class CLIPS(nn.Module):
 
     @torch.no_grad()
     def caption(self, images, tokenizer, web_tokens=None):
-        """What the captioner says of images: a text for each.
+        """The captioner's text for each image.
 
         web_tokens: their web captions, (B, context_length), as in training; otherwise an empty text, which training
         never shows. Released weights come without a captioner; training makes one.
@@ -409,7 +396,7 @@ class CLIPS(nn.Module):
         return self.loss(**self.encode(images, web_tokens, sub_tokens, targets))
 
     def encode(self, images, web_tokens, sub_tokens, targets):
-        """What each sample contributes to the loss. To save memory, train.py calls it for a few samples at a time.
+        """The arguments of `loss`, a row for each sample. To save memory, train.py may call it on parts of a batch.
 
         The loss of a caption involves no other sample, so it is computed here.
         """
@@ -434,13 +421,8 @@ class CLIPS(nn.Module):
             terms["captioning"] = self.config.caption_weight * mean_of_all(caption_losses, counted)
         return {"loss": sum(terms.values()), **terms}
 
-    @staticmethod
-    def normalize(x):
-        with full_precision(x):
-            return F.normalize(upcast(x), dim=-1)
-
     def tokenize(self, texts, tokenizer):
-        """Texts, or one -> int64 (B, context_length): start, pieces, end, padding, and the class token last."""
+        """A text or several -> int64 (B, context_length): start, ids, end, padding, and the class token last."""
         texts = [texts] if isinstance(texts, str) else texts
         room = self.room
         pieces = [tokenizer.encode(text) for text in texts]
@@ -453,7 +435,7 @@ class CLIPS(nn.Module):
         return self.config.context_length - 3  # start, end and class token take the rest
 
     def lay_out(self, pieces):
-        """The ids of each text, which are cut without a warning -> (B, L): start, ids, end, padding, class token."""
+        """Token ids of each text -> (B, L): start, ids (cut without a warning), end, padding, class token."""
         config = self.config
         rows = [[config.start_id, *p[:self.room], config.end_id] for p in pieces]
         tokens = torch.full((len(rows), config.context_length), config.pad_id)
@@ -466,8 +448,7 @@ class CLIPS(nn.Module):
         """What `forward` needs besides the images: of each sample of data.py the web caption, a part of the synthetic
         one, and the whole synthetic one. All drawn by that sample's own generator.
 
-        If a sample has no web caption, one of its captions takes its place. If it has no synthetic caption, the others
-        do, joined.
+        Without a web caption, one of the sample's captions takes its place. Without a synthetic one, the others do.
         """
         config = self.config
         web, sub, targets = [], [], torch.full((len(samples), config.caption_length), config.pad_id)
@@ -486,7 +467,7 @@ class CLIPS(nn.Module):
     @classmethod
     def from_pretrained(cls, source, config=None):
         """Published weights, loaded strictly: a name of PUBLISHED, or a file or a state dict in the published names.
-        config: a Config or its name; a published name implies it. Positions are resized to the config's image_size.
+        config: a Config or its name, needed unless source is a name of PUBLISHED. Positions are resized.
 
         Released weights have no captioner. A Config with caption_layers gets a new one to train; a name means none.
         """
@@ -506,14 +487,11 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all applie
 
 
 def read_weights(source, names):
-    """A name of PUBLISHED, a file or a state dict -> its tensors in the names of this file. Runs no code from a file.
-
-    names: pairs of a pattern and its replacement, all applied in this order; a name that becomes empty is dropped.
-    """
+    """A name of PUBLISHED, a file or a state dict -> its tensors, renamed by `names`. Runs no code from a file."""
     if isinstance(source, str) and source in PUBLISHED:
         import data  # only here, so that the rest of the file needs nothing but torch
         source = data.fetch(PUBLISHED[source])["source"]
-    if str(source)[-12:] == ".safetensors":
+    if not isinstance(source, dict) and str(source).endswith(".safetensors"):
         from safetensors.torch import load_file  # pip install safetensors
         source = load_file(source)
     state = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
@@ -522,24 +500,20 @@ def read_weights(source, names):
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
-    renamed.pop("", None)
+    renamed.pop("", None)  # `names` empties the names of what is not used
     return renamed
 
 
 def load_weights(model, state):
-    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit.
-
-    Queries, keys and values become one matrix; ".T" at the end of a name marks a transposed matrix; embeddings may have
-    additional axes of length 1.
-    """
+    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit."""
     own = model.state_dict()
     for name in list(state):
-        if ".q_proj." in name:
+        if ".q_proj." in name:  # queries, keys and values become one matrix
             parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             state[name.replace(".q_proj.", ".in_proj.")] = torch.cat(parts)
-        elif name.endswith(".T"):
+        elif name.endswith(".T"):  # it is stored transposed
             state[name.removesuffix(".T")] = state.pop(name).T
-        elif "embedding" in name and name in own and state[name].numel() == own[name].numel():
+        elif name in own and state[name].squeeze().shape == own[name].squeeze().shape:  # but for axes of length 1
             state[name] = state[name].reshape(own[name].shape)
     model.load_state_dict(state)
     return model.eval()
@@ -573,18 +547,15 @@ CONFIGS = {
 HUB = "https://huggingface.co"
 BERT = (f"{HUB}/google/bert_uncased_L-4_H-256_A-4/resolve/main/vocab.txt",
         "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
-UCSC = f"{HUB}/UCSC-VLAA"
-L_14_224 = (f"{UCSC}/ViT-L-14-CLIPS-224-Recap-DataComp-1B/resolve/main/open_clip_pytorch_model.bin", None)
-L_14_336 = (f"{UCSC}/ViT-L-14-CLIPS-Recap-DataComp-1B/resolve/main/open_clip_pytorch_model.bin", None)
-H_14_224 = (f"{UCSC}/ViT-H-14-CLIPS-224-Recap-DataComp-1B/resolve/main/open_clip_pytorch_model.bin", None)
+UCSC = f"{HUB}/UCSC-VLAA/%s-Recap-DataComp-1B/resolve/main/open_clip_pytorch_model.bin"
 PUBLISHED = {  # the files of a published model: (address, SHA-256 where one is known)
-    "vit-l-14-224": {"source": L_14_224, "vocab": BERT},
-    "vit-l-14-336": {"source": L_14_336, "vocab": BERT},
-    "vit-h-14-224": {"source": H_14_224, "vocab": BERT},
+    "vit-l-14-224": {"source": (UCSC % "ViT-L-14-CLIPS-224", None), "vocab": BERT},
+    "vit-l-14-336": {"source": (UCSC % "ViT-L-14-CLIPS", None), "vocab": BERT},
+    "vit-h-14-224": {"source": (UCSC % "ViT-H-14-CLIPS-224", None), "vocab": BERT},
 }
 
-# What train.py uses unless told otherwise. files: what a run starts from; tokenizer: the kind of their vocabulary;
-# image_lr: the image tower's rate, in multiples of lr; scratch: what changes with --scratch, which starts from nothing.
+# The defaults of train.py. files: the weights that a run starts from; tokenizer: the kind of their vocabulary;
+# image_lr: the image tower's rate, as a multiple of lr; scratch: what --scratch (from random weights) changes.
 FINE = dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="wordpiece-clips",
             scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
 RECIPES = {
@@ -599,16 +570,15 @@ RECIPES = {
 def sines_and_contrast(encoder, grid):
     """Start an image tower with what a ViT learns first: without it, the tiny size learns colours but hardly any shape.
 
-    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three
-    quarters lose their mean and become six times as strong, so that contrast counts beside brightness.
+    Positions: sines and cosines of a patch's column and row, so that neighbours are similar. Patch filters: three
+    quarters of them lose their mean and are multiplied by 6, so that contrast counts as much as brightness.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
     quarter = table.shape[1] // 4
     angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4): place x frequency
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
-    contrast = filters[:3 * quarter]
-    contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
+    filters[:3 * quarter] = 6 * (filters - filters.mean(dim=(2, 3), keepdim=True))[:3 * quarter]
 
 
 def load(source, device=None):

@@ -40,7 +40,6 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as vision
 from PIL import Image, ImageOps
-from torchvision.datasets.utils import check_md5
 from tqdm import tqdm
 
 import shapes
@@ -394,10 +393,15 @@ def stamp(source):
     return os.path.abspath(path), *rest, stat.st_mtime_ns, stat.st_size
 
 
+def part_of(path):
+    """A name for what is not whole yet, which no other process takes, on no machine that shares the folder."""
+    return Path(f"{path}.{platform.node()}-{os.getpid()}.part")
+
+
 @contextlib.contextmanager
 def writing(path):
     """with writing(path) as file: a file that appears under its name when it is whole, or not at all."""
-    part = Path(f"{path}.{platform.node()}-{os.getpid()}.part")  # no other process takes this name
+    part = part_of(path)
     try:
         with open(part, "wb") as file:
             yield file
@@ -712,18 +716,21 @@ def download(url, path, md5=None, sha256=None):
     if path.exists():
         return path
     say(f"downloading {url}")
+    part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=60) as answer:
             size = int(answer.headers.get("Content-Length") or 0)
-        with writing(path) as file:
-            torch.hub.download_url_to_file(url, file.name, hash_prefix=sha256, progress=not quiet())
-            if size and os.path.getsize(file.name) != size:
-                raise OSError(f"it broke off at {os.path.getsize(file.name):,} of {size:,} bytes")
-            if md5 and not check_md5(file.name, md5):
-                raise OSError(f"its MD5 is not {md5}")
+        torch.hub.download_url_to_file(url, part, hash_prefix=sha256, progress=not quiet())
+        if size and part.stat().st_size != size:
+            raise OSError(f"it broke off at {part.stat().st_size:,} of {size:,} bytes")
+        if md5 and hashlib.file_digest(open(part, "rb"), "md5").hexdigest() != md5:
+            raise OSError(f"its MD5 is not {md5}")
+        os.replace(part, path)
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: torch's, of a wrong SHA-256
         raise UserError(f"cannot download {url}: {error}; try again, or put the file at {path} yourself") from None
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -782,8 +789,8 @@ def command(load):
             images = prepare(image)[None].to(model.logit_scale.device)
             texts = model.tokenize(labels, tokenizer).to(model.logit_scale.device)
             image_features, text_features = model.encode_image(images), model.encode_text(texts)
-            probabilities = model.logits(images, texts)[0].softmax(dim=0)
             cosines = getattr(model, "classify", model.similarity)(image_features, text_features)[0]
+            probabilities = (model.logit_scale.exp() * cosines).softmax(dim=0)
             for i in probabilities.argsort(descending=True).tolist():
                 vague = f"  uncertainty {text_features.uncertainty[i]:.4f}" if hasattr(model, "classify") else ""
                 say(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}{vague}  {labels[i]}")

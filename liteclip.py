@@ -15,17 +15,17 @@ that knows English, put a small head on each, and let 6,000 captioned photograph
 Shapes: B batch, S image side, C channels, h x w feature map, L text tokens (N in Attention), D width, H attention
 heads, E embedding, W processes, I images, T texts.
 
-Read it beside clip.py. New are both towers (a ConvNet instead of a ViT; a BERT, which reads in both directions and is
-averaged, where CLIP's text tower is causal and takes the end token) and the two heads. The loss is the same.
+Read it beside clip.py. The towers are new (a ConvNet, not a ViT; a bidirectional BERT, whose tokens are averaged, not a
+causal transformer that is read at the end token), and so are the two heads. The loss is the same.
 
 It computes what the published code computes (tests/golden holds the values). What differs:
-  - BERT's pooler, which is never used, is left out: 39,188,577 parameters of the published 39,254,369;
+  - BERT's unused pooler is left out: 39,188,577 parameters instead of the published 39,254,369;
   - negatives come from the whole batch of all processes (there: from one GPU's part of it);
   - data.py splits by image (the notebook splits by caption, so its validation images were trained on), and an image
     gives one caption an epoch, with a random crop and flip (there: five rows, no augmentation);
   - AdamW with warm-up, cosine and gradient clipping, logit_scale at most ln 100 (there: Adam at a constant 2e-4);
   - the ImageNet weights are torchvision's, not Facebook's;
-  - new towers (`small`, `tiny`, --scratch) start as in `init_weights`; the published model never starts from nothing.
+  - new towers (`small`, `tiny`, --scratch) start as in `init_weights`; the published model has pretrained ones.
 
     python train.py                                        # the tiny one on generated pictures: 3 minutes
     python train.py --model liteclip --data flickr8k       # the real one, from ImageNet and BERT-mini weights
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as nn.MultiheadAttention starts
+        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as in nn.MultiheadAttention
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a nonlinearity between them. The names (c for convolution) are GPT-2's, and from there CLIP's."""
+    """Linear, nonlinearity, linear. CLIP took the names c_fc and c_proj (c for convolution) from GPT-2."""
     def __init__(self, width, hidden, activation=F.gelu):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -137,7 +137,7 @@ class ImageEncoder(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, dims[0], kernel_size=4, stride=4), ChannelNorm(dims[0], eps=1e-6))
         self.stages = nn.ModuleList()
         for i, depth in enumerate(config.depths):
-            stage = nn.Module()  # it only holds two names, as published
+            stage = nn.Module()  # a container, for the published names
             stage.downsample = nn.Identity() if i == 0 else nn.Sequential(
                 ChannelNorm(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dims[i], kernel_size=2, stride=2))
             stage.blocks = nn.Sequential(*[ConvBlock(dims[i], config.layer_scale) for _ in range(depth)])
@@ -195,33 +195,33 @@ class Head(nn.Module):
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
-    Every process brings the same B. Why the gradient is exact: process r has the loss l_r of its own B rows, and the
-    loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward pass below sums, over q, the part that flows through the gathered
-    copies. Autograd adds the part that flows through the rows of l_r. DDP averages gradients, which is the 1/W.
+    B must be the same on all processes. Why the gradient is exact: process r has the loss l_r of its own B rows, and
+    the whole batch has l = 1/W sum_r l_r. Every l_q depends on the features x_r of process r, so dl/dx_r is
+    1/W sum_q dl_q/dx_r. `backward` sums over q what flows through the gathered copies; autograd adds what flows
+    through r's own rows, which were not gathered. DDP averages gradients, which is the 1/W.
     """
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
+        dist.all_gather(rows, x)
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd still needs its own tensor
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x):
-    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return Gather.apply(x.contiguous()) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def upcast(x):  # half precision to fp32; fp32 and float64 stay what they are
+def upcast(x):  # half precision to fp32; leaves fp32 and float64 as they are
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def full_precision(x):  # without autocast: the towers may run in bf16, but not normalisation, similarities, loss
+def full_precision(x):  # switches autocast off: the towers may run in bf16, similarities and losses may not
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -230,15 +230,15 @@ def full_precision(x):  # without autocast: the towers may run in bf16, but not 
 def contrastive_loss(image_features, text_features, scale):
     """The symmetric cross-entropy of CLIP over the global batch (CLIP, Fig. 3).
 
-    image_features, text_features: (B, E) of length 1, of which rows i belong together; scale: exp(logit_scale).
-    Local rows against the columns of all W processes. If all features are alike, it is ln(W B).
-    In fp32, as in bf16 and at a scale of 100 the logits of matching pairs are wrong by up to 0.4.
+    image_features, text_features: (B, E) of length 1, row i of both is a pair; scale: exp(logit_scale).
+    Rows are local, columns come from all W processes. The loss is ln(W B) if all features are equal.
+    It is computed in fp32: in bf16, at a scale of 100, logits of matching pairs are off by up to 0.4.
     """
     with full_precision(image_features):
         image_features, text_features = upcast(image_features), upcast(text_features)
         logits_per_image = scale * image_features @ gather(text_features).T  # (B, W B)
         logits_per_text = scale * text_features @ gather(image_features).T   # (B, W B)
-        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # where our columns begin
+        first = dist.get_rank() * len(image_features) if dist.is_initialized() else 0  # the column of our row 0
         labels = torch.arange(first, first + len(image_features), device=image_features.device)
         return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
@@ -252,14 +252,13 @@ class LiteCLIP(nn.Module):
         self.config = config
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
-        self.apply(init_weights)  # before the heads are made, which keep torch's initialisation
+        self.apply(init_weights)  # not the heads, which keep torch's initialisation
         with torch.no_grad():  # with positions as large as words, learning starts much later
             self.text_encoder.positional_embedding.weight *= 0.1
             self.text_encoder.token_type_embedding.weight *= 0.1
         self.img_projection = Head(config.dims[-1], config)
         self.txt_projection = Head(config.text_width, config)
-        # Cosines lie in [-1, 1], too narrow for a confident softmax. How far to stretch them is learned, as an
-        # exponent, so that the factor stays positive. train.py keeps it at most 100.
+        # Stretches the cosines. Learned as a logarithm, so that it stays positive; train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         # The mean and standard deviation of the pictures that CLIP was trained on: liteCLIP's too, not ImageNet's.
         self.register_buffer("mean", torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1), persistent=False)
@@ -271,14 +270,14 @@ class LiteCLIP(nn.Module):
             raise ValueError(f"images must be (B, 3, height, width), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self.normalize(self.img_projection(self.image_encoder(images)))
+        return F.normalize(upcast(self.img_projection(self.image_encoder(images))), dim=-1)
 
     def encode_text(self, tokens):
         """int64 tokens from `tokenize`, (B, L), L at most the number of positions -> features of length 1, (B, E)."""
-        return self.normalize(self.txt_projection(self.text_encoder(tokens)))
+        return F.normalize(upcast(self.txt_projection(self.text_encoder(tokens))), dim=-1)
 
     def similarity(self, image_features, text_features):
-        """(I, E), (T, E) -> cosines (I, T), in fp32: what ranks captions, images and labels."""
+        """(I, E), (T, E) -> cosines (I, T), in fp32: they rank captions, images and labels."""
         with full_precision(image_features):
             return upcast(image_features) @ upcast(text_features).T
 
@@ -287,11 +286,11 @@ class LiteCLIP(nn.Module):
         return self.logit_scale.exp() * self.similarity(self.encode_image(images), self.encode_text(tokens))
 
     def forward(self, images, tokens):
-        """images (B, 3, S, S) and their captions (B, L) -> {"loss": ...}; other models add the terms of the sum."""
+        """images (B, 3, S, S) and their captions (B, L) -> {"loss": ...}; other models add its terms."""
         return self.loss(**self.encode(images, tokens))
 
     def encode(self, images, tokens):
-        """What each sample contributes to the loss. To save memory, train.py calls it for a few samples at a time."""
+        """The arguments of `loss`, a row for each sample. To save memory, train.py may call it on parts of a batch."""
         if len(images) != len(tokens):
             raise ValueError(f"{len(images)} images and {len(tokens)} captions; expected one caption for each image")
         return {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
@@ -299,26 +298,18 @@ class LiteCLIP(nn.Module):
     def loss(self, image_features, text_features):
         return {"loss": contrastive_loss(image_features, text_features, self.logit_scale.exp())}
 
-    @staticmethod
-    def normalize(x):
-        with full_precision(x):
-            return F.normalize(upcast(x), dim=-1)
-
     def tokenize(self, texts, tokenizer):
-        """Texts, or one -> int64 (B, L): start, pieces, end; cut to context_length, keeping the end; padded."""
+        """A text or several -> int64 (B, L): start, ids, end, padding. Long texts are cut before the end id."""
         texts = [texts] if isinstance(texts, str) else texts
         room = self.config.context_length - 2
         pieces = [tokenizer.encode(text) for text in texts]
         if cut := sum(len(p) > room for p in pieces):
             warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
-        rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
-        tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
-        for i, row in enumerate(rows):
-            tokens[i, :len(row)] = torch.tensor(row)
-        return tokens
+        rows = [torch.tensor([tokenizer.start_id, *p[:room], tokenizer.end_id]) for p in pieces]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: a caption of each sample of data.py, drawn by its own generator."""
+        """What `forward` takes besides images: a caption of each sample (of data.py), drawn by its own generator."""
         return {"tokens": self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)}
 
     # --- published weights --------------------------------------------------------------------------------------------
@@ -331,15 +322,13 @@ class LiteCLIP(nn.Module):
 
 
 def from_backbones(imagenet, bert, config="liteclip"):
-    """A LiteCLIP as its training starts: pretrained towers, new heads.
+    """The start of liteCLIP's training: pretrained towers, new heads.
 
     imagenet: torchvision's `convnext_tiny` weights; bert: BERT-mini's; files or state dicts. Strict: each must hold its
-    whole tower. What else is in them is dropped.
+    whole tower; their heads are dropped.
     """
     model = LiteCLIP(config if isinstance(config, Config) else CONFIGS[config])
-    convnext = read_weights(imagenet, NAMES)
-    load_weights(model.image_encoder, {name: value.flatten() if name.endswith(".gamma") else value
-                                       for name, value in convnext.items()})  # torchvision's gamma is (C, 1, 1)
+    load_weights(model.image_encoder, read_weights(imagenet, NAMES))
     load_weights(model.text_encoder, read_weights(bert, NAMES))
     return model.train()
 
@@ -372,14 +361,11 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all applie
 
 
 def read_weights(source, names):
-    """A name of PUBLISHED, a file or a state dict -> its tensors in the names of this file. Runs no code from a file.
-
-    names: pairs of a pattern and its replacement, all applied in this order; a name that becomes empty is dropped.
-    """
+    """A name of PUBLISHED, a file or a state dict -> its tensors, renamed by `names`. Runs no code from a file."""
     if isinstance(source, str) and source in PUBLISHED:
         import data  # only here, so that the rest of the file needs nothing but torch
         source = data.fetch(PUBLISHED[source])["source"]
-    if str(source)[-12:] == ".safetensors":
+    if not isinstance(source, dict) and str(source).endswith(".safetensors"):
         from safetensors.torch import load_file  # pip install safetensors
         source = load_file(source)
     state = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
@@ -388,24 +374,20 @@ def read_weights(source, names):
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
-    renamed.pop("", None)
+    renamed.pop("", None)  # `names` empties the names of what is not used
     return renamed
 
 
 def load_weights(model, state):
-    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit.
-
-    Queries, keys and values become one matrix; ".T" at the end of a name marks a transposed matrix; embeddings may have
-    additional axes of length 1.
-    """
+    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit."""
     own = model.state_dict()
     for name in list(state):
-        if ".q_proj." in name:
+        if ".q_proj." in name:  # queries, keys and values become one matrix
             parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             state[name.replace(".q_proj.", ".in_proj.")] = torch.cat(parts)
-        elif name.endswith(".T"):
+        elif name.endswith(".T"):  # it is stored transposed
             state[name.removesuffix(".T")] = state.pop(name).T
-        elif "embedding" in name and name in own and state[name].numel() == own[name].numel():
+        elif name in own and state[name].squeeze().shape == own[name].squeeze().shape:  # but for axes of length 1
             state[name] = state[name].reshape(own[name].shape)
     model.load_state_dict(state)
     return model.eval()
@@ -428,12 +410,12 @@ VOCABULARY = (f"{BERT_MINI}/vocab.txt", "07eced375cec144d27c900241f3e339478dec95
 LITECLIP2 = "https://github.com/shreydan/liteCLIP/releases/download/model/liteclip2.pt"
 PUBLISHED = {"liteclip": {"source": (LITECLIP2, None), "vocab": VOCABULARY}}  # files: (address, SHA-256 if known)
 
-# What train.py uses unless told otherwise. files: what a run starts from; tokenizer: the kind of their vocabulary;
-# image_lr: the image tower's rate, in multiples of lr; scratch: what changes with --scratch, which starts from nothing.
+# The defaults of train.py. files: the weights that a run starts from; tokenizer: the kind of their vocabulary;
+# image_lr: the image tower's rate, as a multiple of lr; scratch: what --scratch (from random weights) changes.
 # A new ConvNet learns best at twice the rate that a post-LN transformer can stand: with one rate for both, one seed in
 # three had not learned the shapes in time.
 RECIPES = {
-    # 25 epochs of one caption an image see as many captions as the published five epochs of five rows an image
+    # 25 epochs, one caption per image, see as many captions as the published 5 epochs, five per image
     "liteclip": dict(batch=64, epochs=25, lr=2e-4, image_lr=1.0, weight_decay=0.05, warmup=0.1, tokenizer="wordpiece",
                      files={"imagenet": ("https://download.pytorch.org/models/convnext_tiny-983f1562.pth", "983f1562"),
                             "bert": (f"{BERT_MINI}/pytorch_model.bin", None), "vocab": VOCABULARY}),

@@ -1,10 +1,10 @@
-"""Llip: a feature of the image for each caption, mixed from several.
+"""Llip: an image feature for each caption, mixed from several.
 
 Lavoie et al., "Modeling Caption Diversity in Contrastive Vision-Language Pretraining", arXiv 2405.00740 (ICML 2024).
 
 The idea: a photograph has many true captions, one about the dog, one about the weather, and a single image feature has
-to lie near all of them. Let the ViT end in K features; each caption mixes them into one, by weights of its own, and is
-compared with that.
+to lie near all of them. Let the ViT end in K features. Each caption mixes them with its own weights, and is compared
+with the mixture.
 
     image    k_in, v_in = h_in Wk_n, h_in Wv_n      from the last state h_in of mixture token n = 1..K      (B, M, K, d)
     text     q_j, t_j = e_j Wq, e_j Wt              from e_j, the end-of-text state               (B, M, d) and (B, E)
@@ -61,28 +61,24 @@ class Config:
     image_heads: int = 12
     image_mlp: int = 3072            # the hidden width
     vocab_size: int = 49408
-    end_id: int = 49407              # the end-of-text token: a text's feature is its state there
+    end_id: int = 49407              # the end-of-text token: its state is the text's feature
     context_length: int = 77         # longer texts are cut to this
     text_width: int = 512
     text_layers: int = 12
     text_heads: int = 8
     text_mlp: int = 2048
     embed_dim: int = 512
-    activation: str = "quick_gelu"
     sines_and_contrast: bool = False  # a better start for a small image tower: see the function of that name
-    logit_scale: float = math.log(1 / 0.07)  # initial; tiny starts at ln 30: it has too few steps to climb there
+    logit_scale: float = math.log(1 / 0.07)  # initial; tiny starts at ln 30: its steps are few
     logit_bias: float = -10.0                # the initial value: nearly all pairs are wrong ones
     mixture_tokens: int = 64                 # K
     mixing_heads: int = 8                    # M; each has d = embed_dim / M numbers
     temperature: float = 5.0                 # tau, divides the scores in the mixture's softmax: the larger, the flatter
-    mixing_norm: bool = False                # H, G: LayerNorm on all E numbers of a key, value or query
+    mixing_norm: bool = False                # only H and G: LayerNorm of keys, values, queries (E)
 
 
 def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Attention(nn.Module):
@@ -92,7 +88,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as nn.MultiheadAttention starts
+        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as in nn.MultiheadAttention
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -105,7 +101,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a nonlinearity between them. The names (c for convolution) are GPT-2's, and from there CLIP's."""
+    """Linear, nonlinearity, linear. CLIP took the names c_fc and c_proj (c for convolution) from GPT-2."""
     def __init__(self, width, hidden, activation=F.gelu):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -117,7 +113,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with the norms before attention and MLP (pre-LN): x itself is only ever added to."""
+    """A transformer block with the norms before attention and MLP (pre-LN): the sum itself is never normalised."""
     def __init__(self, width, heads, hidden, activation, eps=1e-5):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=eps)
@@ -142,7 +138,7 @@ class ImageEncoder(nn.Module):
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(self.K, width))  # the mixture tokens
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(self.K + grid ** 2, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, config.image_heads, config.image_mlp, ACTIVATIONS[config.activation])
+        self.blocks = nn.ModuleList(Block(width, config.image_heads, config.image_mlp, quick_gelu)
                                     for _ in range(config.image_layers))
         self.ln_post = nn.LayerNorm(width)
         self.k_proj = nn.Parameter(width ** -0.5 * torch.randn(self.K, width, config.embed_dim))  # for each token
@@ -167,8 +163,8 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """A causal transformer: tokens (B, L) with `end_id` in every row -> query (B, M, d), target (B, E).
 
-    Both from the state at the first `end_id`, which has read the whole text and nothing behind it, so the padding may
-    be any ids, and of any length.
+    Both come from the state at the first `end_id`. It sees the whole text and nothing after it, so the padding may have
+    any ids and any length.
     """
     def __init__(self, config):
         super().__init__()
@@ -176,14 +172,14 @@ class TextEncoder(nn.Module):
         self.end_id, self.mixing_heads = config.end_id, config.mixing_heads
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.blocks = nn.ModuleList(Block(width, config.text_heads, config.text_mlp, ACTIVATIONS[config.activation])
+        self.blocks = nn.ModuleList(Block(width, config.text_heads, config.text_mlp, quick_gelu)
                                     for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         self.q_proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed_dim))
         self.q_norm = nn.LayerNorm(config.embed_dim) if config.mixing_norm else nn.Identity()
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.blocks:  # the more blocks, the smaller each one's first contribution to x
+        for block in self.blocks:  # the deeper the tower, the less each block adds to x at first
             nn.init.normal_(block.attn.in_proj.weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -205,33 +201,33 @@ class TextEncoder(nn.Module):
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
-    Every process brings the same B. Why the gradient is exact: process r has the loss l_r of its own B rows, and the
-    loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward pass below sums, over q, the part that flows through the gathered
-    copies. Autograd adds the part that flows through the rows of l_r. DDP averages gradients, which is the 1/W.
+    B must be the same on all processes. Why the gradient is exact: process r has the loss l_r of its own B rows, and
+    the whole batch has l = 1/W sum_r l_r. Every l_q depends on the features x_r of process r, so dl/dx_r is
+    1/W sum_q dl_q/dx_r. `backward` sums over q what flows through the gathered copies; autograd adds what flows
+    through r's own rows, which were not gathered. DDP averages gradients, which is the 1/W.
     """
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
+        dist.all_gather(rows, x)
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd still needs its own tensor
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x):
-    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return Gather.apply(x.contiguous()) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def upcast(x):  # half precision to fp32; fp32 and float64 stay what they are
+def upcast(x):  # half precision to fp32; leaves fp32 and float64 as they are
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def full_precision(x):  # without autocast: the towers may run in bf16, but not normalisation, similarities, loss
+def full_precision(x):  # switches autocast off: the towers may run in bf16, similarities and losses may not
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -266,6 +262,9 @@ def plain_cosines(images, texts, out_proj, temperature):
     return torch.einsum("ije,je->ij", z, texts.target)
 
 
+CHUNK = {"cpu": 2 ** 22, "cuda": 2 ** 26, "mps": 2 ** 24}  # numbers in the tables of a chunk: 16 MiB on a CPU
+
+
 def mixture_cosines(images, texts, out_proj, temperature):
     """The same numbers without the mixtures, a few images at a time: KeysValues of I, QueryTarget of T -> (I, T).
 
@@ -277,22 +276,19 @@ def mixture_cosines(images, texts, out_proj, temperature):
     Wo_t = torch.einsum("je,mde->jmd", target, Wo)  # Wo_m t: (T, M, d)
     Wo_Wo = torch.einsum("mde,pfe->mdpf", Wo, Wo)  # Wo_m Wo_p^T: (M, d, M, d)
     numbers = M * K * (len(query) + M * d + M * K)  # in the tables of one image
-    chunk = max(1, CHUNK.get(keys.device.type, 2 ** 24) // numbers)
+    chunk = max(1, CHUNK[keys.device.type] // numbers)
     if chunk >= I:
         return chunk_cosines(keys, values, query, Wo_t, Wo_Wo, temperature)
     return torch.cat([checkpoint(chunk_cosines, k, v, query, Wo_t, Wo_Wo, temperature, use_reentrant=False)
                       for k, v in zip(keys.split(chunk), values.split(chunk))])
 
 
-CHUNK = {"cpu": 2 ** 22, "cuda": 2 ** 26}  # numbers in a chunk's tables: 16 MiB on a CPU, 256 MiB on a GPU
-
-
 def chunk_cosines(keys, values, query, Wo_t, Wo_Wo, temperature):
-    """Write a_mn for the weight of token n in head m. Then, for a pair of an image and a text,
+    """The cosines of a few images. With a_mn the weight of token n in head m, an image and a text have
         z       = sum_mn a_mn v_mn Wo_m
-        z . t   = sum_mn a_mn (v_mn . Wo_m t)         costs what keys times queries cost, and
-        |z|^2   = a^T G a                             G_(mn)(pl) = v_mn Wo_m . v_pl Wo_p, only of the image: (M K, M K)
-    which is less work than building z while M K < E, and always less memory.
+        z . t   = sum_mn a_mn (v_mn . Wo_m t)         as cheap as keys times queries
+        |z|^2   = a^T G a                             G_(mn)(pl) = v_mn Wo_m . v_pl Wo_p, of the image only: (M K, M K)
+    That is less work than building z if M K < E, and always less memory.
     """
     a = mixing_weights(keys, query, temperature)  # (I, M, K, T)
     dot = (a * torch.einsum("imnd,jmd->imnj", values, Wo_t)).sum(dim=(1, 2))  # z . t: (I, T)
@@ -303,14 +299,12 @@ def chunk_cosines(keys, values, query, Wo_t, Wo_Wo, temperature):
     return (dot / square.clamp(min=1e-12).sqrt()).clamp(-1, 1)  # if values nearly cancel, |z|^2 is rounding error
 
 
-def sigmoid_loss(similarities, first, scale, bias):
-    """A yes or no for every pair of I images and T texts: is this its caption? Summed; the caller divides by B.
-
-    similarities: (I, T); the caption of image i is text first + i. first: 0 on one process.
-    """
-    own = torch.arange(first, first + len(similarities), device=similarities.device)
-    y = torch.full_like(similarities, -1.0).scatter_(1, own[:, None], 1.0)
-    return -F.logsigmoid(y * (scale * similarities + bias)).sum()
+def sigmoid_loss(similarities, scale, bias):
+    """A yes or no for every pair of B local images and W B texts: is this its caption? Summed, divided by B."""
+    first = dist.get_rank() * len(similarities) if dist.is_initialized() else 0  # the column of our row 0
+    y = torch.full_like(similarities, -1.0)
+    y.diagonal(first).fill_(1.0)
+    return -F.logsigmoid(y * (scale * similarities + bias)).sum() / len(similarities)
 
 
 def mixture_loss(image_features, text_features, out_proj, scale, bias, temperature):
@@ -324,14 +318,13 @@ def mixture_loss(image_features, text_features, out_proj, scale, bias, temperatu
     with full_precision(out_proj):
         keys, values, query, target = map(upcast, (*image_features, *text_features))
         cosines = mixture_cosines((keys, values), (gather(query), gather(target)), upcast(out_proj), temperature)
-        first = dist.get_rank() * len(keys) if dist.is_initialized() else 0  # where our columns begin
-        return sigmoid_loss(cosines, first, scale, bias) / len(keys)
+        return sigmoid_loss(cosines, scale, bias)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
 class Llip(nn.Module):
-    """Two encoders, the matrix behind the mixing heads, and two learned numbers, logit_scale and logit_bias.
+    """Two encoders, the output matrix of the mixing heads, and two learned numbers, logit_scale and logit_bias.
 
     Its methods are those of CLIP in clip.py. `temperature` may be changed at any time, as in the published evaluation.
     """
@@ -342,8 +335,7 @@ class Llip(nn.Module):
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
         self.out_proj = nn.Parameter(config.embed_dim ** -0.5 * torch.randn(config.embed_dim, config.embed_dim))
-        # Cosines lie in [-1, 1], too narrow for a confident softmax. How far to stretch them is learned, as an
-        # exponent, so that the factor stays positive. train.py keeps it at most 100.
+        # Stretches the cosines. Learned as a logarithm, so that it stays positive; train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and standard deviation of the pictures that CLIP was trained on.
@@ -365,25 +357,25 @@ class Llip(nn.Module):
     def encode_text(self, tokens):
         """int64 tokens from `tokenize`, (B, L), L at most the number of positions -> QueryTarget: (B, M, d), (B, E)."""
         query, target = self.text_encoder(tokens)
-        return QueryTarget(upcast(query), self.normalize(target))
+        return QueryTarget(upcast(query), F.normalize(upcast(target), dim=-1))
 
     def similarity(self, image_features, text_features):
-        """KeysValues of I, QueryTarget of T -> cosines (I, T), in fp32: what ranks captions, images and labels."""
+        """KeysValues of I, QueryTarget of T -> cosines (I, T), in fp32: they rank captions, images and labels."""
         with full_precision(self.out_proj):
             keys, values, query, target = map(upcast, (*image_features, *text_features))
             return mixture_cosines((keys, values), (query, target), upcast(self.out_proj), self.temperature)
 
     def logits(self, images, tokens):
-        """I images, T texts -> scaled and shifted cosines (I, T): the sigmoid is trained; a softmax ranks texts."""
+        """I images, T texts -> scaled and shifted cosines (I, T): a sigmoid in training, a softmax in use."""
         similarities = self.similarity(self.encode_image(images), self.encode_text(tokens))
         return self.logit_scale.exp() * similarities + self.logit_bias
 
     def forward(self, images, tokens):
-        """images (B, 3, S, S) and their captions (B, L) -> {"loss": ...}; other models add the terms of the sum."""
+        """images (B, 3, S, S) and their captions (B, L) -> {"loss": ...}; other models add its terms."""
         return self.loss(**self.encode(images, tokens))
 
     def encode(self, images, tokens):
-        """What each sample contributes to the loss. To save memory, train.py calls it for a few samples at a time."""
+        """The arguments of `loss`, a row for each sample. To save memory, train.py may call it on parts of a batch."""
         if len(images) != len(tokens):
             raise ValueError(f"{len(images)} images and {len(tokens)} captions; expected one caption for each image")
         return {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
@@ -392,26 +384,18 @@ class Llip(nn.Module):
         return {"loss": mixture_loss(image_features, text_features, self.out_proj, self.logit_scale.exp(),
                                      self.logit_bias, self.temperature)}
 
-    @staticmethod
-    def normalize(x):
-        with full_precision(x):
-            return F.normalize(upcast(x), dim=-1)
-
     def tokenize(self, texts, tokenizer):
-        """Texts, or one -> int64 (B, L): start, pieces, end; cut to context_length, keeping the end; padded."""
+        """A text or several -> int64 (B, L): start, ids, end, padding. Long texts are cut before the end id."""
         texts = [texts] if isinstance(texts, str) else texts
         room = self.config.context_length - 2
         pieces = [tokenizer.encode(text) for text in texts]
         if cut := sum(len(p) > room for p in pieces):
             warnings.warn(f"texts of more than {room} tokens are cut to that ({cut} of {len(texts)} here)")
-        rows = [[tokenizer.start_id, *p[:room], tokenizer.end_id] for p in pieces]
-        tokens = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
-        for i, row in enumerate(rows):
-            tokens[i, :len(row)] = torch.tensor(row)
-        return tokens
+        rows = [torch.tensor([tokenizer.start_id, *p[:room], tokenizer.end_id]) for p in pieces]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
 
     def text_batch(self, samples, rngs, tokenizer):
-        """What `forward` needs besides the images: a caption of each sample of data.py, drawn by its own generator."""
+        """What `forward` takes besides images: a caption of each sample (of data.py), drawn by its own generator."""
         return {"tokens": self.tokenize([rng.choice(s.captions) for s, rng in zip(samples, rngs)], tokenizer)}
 
     # --- published weights --------------------------------------------------------------------------------------------
@@ -419,7 +403,7 @@ class Llip(nn.Module):
     @classmethod
     def from_pretrained(cls, source, config=None):
         """Published weights, loaded strictly: a name of PUBLISHED, or a file or a state dict in the published names.
-        config: a Config or its name; a published name implies it. Positions are resized to the config's image_size.
+        config: a Config or its name, needed unless source is a name of PUBLISHED. Positions are resized.
         """
         model = cls(config if isinstance(config, Config) else CONFIGS[config or source])
         return load_weights(model, resize_positions(model, read_weights(source, NAMES)))
@@ -437,14 +421,11 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all applie
 
 
 def read_weights(source, names):
-    """A name of PUBLISHED, a file or a state dict -> its tensors in the names of this file. Runs no code from a file.
-
-    names: pairs of a pattern and its replacement, all applied in this order; a name that becomes empty is dropped.
-    """
+    """A name of PUBLISHED, a file or a state dict -> its tensors, renamed by `names`. Runs no code from a file."""
     if isinstance(source, str) and source in PUBLISHED:
         import data  # only here, so that the rest of the file needs nothing but torch
         source = data.fetch(PUBLISHED[source])["source"]
-    if str(source)[-12:] == ".safetensors":
+    if not isinstance(source, dict) and str(source).endswith(".safetensors"):
         from safetensors.torch import load_file  # pip install safetensors
         source = load_file(source)
     state = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
@@ -453,24 +434,20 @@ def read_weights(source, names):
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
-    renamed.pop("", None)
+    renamed.pop("", None)  # `names` empties the names of what is not used
     return renamed
 
 
 def load_weights(model, state):
-    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit.
-
-    Queries, keys and values become one matrix; ".T" at the end of a name marks a transposed matrix; embeddings may have
-    additional axes of length 1.
-    """
+    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit."""
     own = model.state_dict()
     for name in list(state):
-        if ".q_proj." in name:
+        if ".q_proj." in name:  # queries, keys and values become one matrix
             parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             state[name.replace(".q_proj.", ".in_proj.")] = torch.cat(parts)
-        elif name.endswith(".T"):
+        elif name.endswith(".T"):  # it is stored transposed
             state[name.removesuffix(".T")] = state.pop(name).T
-        elif "embedding" in name and name in own and state[name].numel() == own[name].numel():
+        elif name in own and state[name].squeeze().shape == own[name].squeeze().shape:  # but for axes of length 1
             state[name] = state[name].reshape(own[name].shape)
     model.load_state_dict(state)
     return model.eval()
@@ -518,9 +495,9 @@ PUBLISHED = {  # the files of a published model: (address, SHA-256 where one is 
     "vit-g-14-k64": {"source": (f"{META}/llip_G14_k64.pt", None), "vocab": MERGES},
 }
 
-# What train.py uses unless told otherwise. files: what a run starts from; tokenizer: the kind of their vocabulary;
-# image_lr: the image tower's rate, in multiples of lr; scratch: what changes with --scratch, which starts from nothing.
-# With it rate and decay are the paper's, whose batch was 32,768.
+# The defaults of train.py. files: the weights that a run starts from; tokenizer: the kind of their vocabulary;
+# image_lr: the image tower's rate, as a multiple of lr; scratch: what --scratch (from random weights) changes.
+# The values in SCRATCH are the paper's, for a batch of 32,768.
 FINE = dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="clip")
 SCRATCH = dict(epochs=32, lr=5e-4, weight_decay=0.2)
 RECIPES = {
@@ -538,16 +515,15 @@ RECIPES = {
 def sines_and_contrast(encoder, grid):
     """Start an image tower with what a ViT learns first: without it, the tiny size learns colours but hardly any shape.
 
-    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three
-    quarters lose their mean and become six times as strong, so that contrast counts beside brightness.
+    Positions: sines and cosines of a patch's column and row, so that neighbours are similar. Patch filters: three
+    quarters of them lose their mean and are multiplied by 6, so that contrast counts as much as brightness.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
     quarter = table.shape[1] // 4
     angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4): place x frequency
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
-    contrast = filters[:3 * quarter]
-    contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
+    filters[:3 * quarter] = 6 * (filters - filters.mean(dim=(2, 3), keepdim=True))[:3 * quarter]
 
 
 def load(source, device=None):

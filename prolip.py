@@ -21,7 +21,7 @@ marks what was masked: docs/claims.md has the figures.)
 s = exp(logit_scale), b = logit_bias. CSD: closed-form sampled distance (1 - E|x_i - y_j|^2 / 2 for samples x_i, y_j: a
 similarity here, larger is nearer), PPCL: probabilistic pairwise contrastive loss, VIB: variational information
 bottleneck. In each dimension T(p, q) > T(q, p) if q is the wider: then p lies in q. A caption leaves much open, so its
-picture should lie in it. An input with parts masked could have been many things, so the original should lie in it.
+picture should lie in it. A masked input fits many originals, so its own original should lie in it.
 
 Shapes: B batch, S image side, P patch side, N image tokens ([CLS], [UNC], patches), L text tokens, D width,
 H attention heads, E embedding, K kept patches, W processes, I images, T texts.
@@ -29,8 +29,8 @@ H attention heads, E embedding, K kept patches, W processes, I images, T texts.
 Read it beside clip.py. Attention, MLP and Block are the same; the encoders have one more token and one more output; the
 losses are the paper. What follows the model is for when you need it: published weights, sizes, re-weighted prompts.
 
-It computes what the published code computes (tests/golden holds the values). Kept as published, though the paper or the
-mathematics would have it otherwise:
+It computes what the published code computes (tests/golden holds the values). Kept from that code, against the paper or
+the mathematics:
   - the inclusion test has twice the prefactor: see inclusion_test. At the published eps of -20 the means have almost no
     weight in it, and its loss compares variances only;
   - the KL has v / 2 where a Gaussian's has v: see vib;
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.in_proj = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as nn.MultiheadAttention starts
+        nn.init.xavier_uniform_(self.in_proj.weight)  # this and the zeros: as in nn.MultiheadAttention
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -120,7 +120,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a nonlinearity between them. The names (c for convolution) are GPT-2's, and from there CLIP's."""
+    """Linear, nonlinearity, linear. CLIP took the names c_fc and c_proj (c for convolution) from GPT-2."""
     def __init__(self, width, hidden, activation=F.gelu):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -132,7 +132,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with the norms before attention and MLP (pre-LN): x itself is only ever added to."""
+    """A transformer block with the norms before attention and MLP (pre-LN): the sum itself is never normalised."""
     def __init__(self, width, heads, hidden, activation, eps=1e-5):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=eps)
@@ -206,7 +206,7 @@ class TextEncoder(nn.Module):
         self.text_projection = nn.Linear(width, config.embed_dim)
         self.text_uncertainty_projection = nn.Linear(config.embed_dim, config.embed_dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.blocks:  # the more blocks, the smaller each one's first contribution to x
+        for block in self.blocks:  # the deeper the tower, the less each block adds to x at first
             nn.init.normal_(block.attn.in_proj.weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -236,46 +236,43 @@ def variance_head(head, x):
 class Gather(torch.autograd.Function):
     """The rows of all processes, (B, ...) -> (W B, ...) on W processes, with a gradient.
 
-    Every process brings the same B. Why the gradient is exact: process r has the loss l_r of its own B rows, and the
-    loss of the whole batch is l = 1/W sum_r l_r. It depends on the features x_r of process r through every l_q, so
-    dl/dx_r = 1/W sum_q dl_q/dx_r. The backward pass below sums, over q, the part that flows through the gathered
-    copies. Autograd adds the part that flows through the rows of l_r. DDP averages gradients, which is the 1/W.
+    B must be the same on all processes. Why the gradient is exact: process r has the loss l_r of its own B rows, and
+    the whole batch has l = 1/W sum_r l_r. Every l_q depends on the features x_r of process r, so dl/dx_r is
+    1/W sum_q dl_q/dx_r. `backward` sums over q what flows through the gathered copies; autograd adds what flows
+    through r's own rows, which were not gathered. DDP averages gradients, which is the 1/W.
     """
     @staticmethod
     def forward(ctx, x):
         rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, x.contiguous())
+        dist.all_gather(rows, x)
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd still needs its own tensor
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x):
-    return Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return Gather.apply(x.contiguous()) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
-def upcast(x):  # half precision to fp32; fp32 and float64 stay what they are
+def upcast(x):  # half precision to fp32; leaves fp32 and float64 as they are
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def full_precision(x):  # without autocast: the towers may run in bf16, but not normalisation, similarities, loss
+def full_precision(x):  # switches autocast off: the towers may run in bf16, similarities and losses may not
     return torch.autocast(x.device.type, enabled=False)
 
 
 def mean_of_all(values, counted):
-    """This process's share of the mean over all processes of values, where counted, bool of the same shape, is true.
+    """The mean of the values where `counted` (bool, same shape) is true, over all W processes: this process's share.
 
-    DDP averages the shares of W processes. So a share is the sum here, times W, divided by how many all of them count.
+    DDP averages the W shares. So a share is the local sum, times W, divided by the number counted on all processes.
     """
-    total, processes = counted.sum(), 1
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
-        processes = dist.get_world_size()
-    return (values * counted).sum() * processes / total.clamp(min=1)
+    numbers = gather(counted.sum()[None])  # (W,)
+    return (values * counted).sum() * len(numbers) / numbers.sum().clamp(min=1)
 
 
 # --- new in ProLIP: how near two Gaussians are, and whether one lies in the other ------------------------------------
@@ -302,18 +299,16 @@ def csd(one, other):
         return upcast(one.mean) @ upcast(other.mean).T - (one.uncertainty[:, None] + other.uncertainty) / 2
 
 
-def sigmoid_loss(similarities, first, scale, bias):
-    """A yes or no for every pair of I images and T texts: is this its caption? Summed; the caller divides by B.
-
-    similarities: (I, T); the caption of image i is text first + i. first: 0 on one process.
-    """
-    own = torch.arange(first, first + len(similarities), device=similarities.device)
-    y = torch.full_like(similarities, -1.0).scatter_(1, own[:, None], 1.0)
-    return -F.logsigmoid(y * (scale * similarities + bias)).sum()
+def sigmoid_loss(similarities, scale, bias):
+    """A yes or no for every pair of B local images and W B texts: is this its caption? Summed, divided by B."""
+    first = dist.get_rank() * len(similarities) if dist.is_initialized() else 0  # the column of our row 0
+    y = torch.full_like(similarities, -1.0)
+    y.diagonal(first).fill_(1.0)
+    return -F.logsigmoid(y * (scale * similarities + bias)).sum() / len(similarities)
 
 
 def pairwise_loss(image_features, text_features, scale, bias):
-    """PPCL, the probabilistic pairwise contrastive loss: is this the caption of that image? Asked of every pair.
+    """PPCL, the probabilistic pairwise contrastive loss: is this the caption of that image? For every pair.
 
     image_features, text_features: Gaussians (B, E), row i of one belongs to row i of the other;
     scale: exp(logit_scale).
@@ -323,8 +318,7 @@ def pairwise_loss(image_features, text_features, scale, bias):
     """
     with full_precision(image_features.mean):
         similarities = csd(image_features, Gaussian(*(gather(upcast(x)) for x in text_features)))  # (B, W B)
-        first = dist.get_rank() * len(similarities) if dist.is_initialized() else 0  # where our columns begin
-        return sigmoid_loss(similarities, first, scale, bias) / len(similarities)
+        return sigmoid_loss(similarities, scale, bias)
 
 
 def inclusion_test(first, second, eps=0.0):
@@ -332,7 +326,7 @@ def inclusion_test(first, second, eps=0.0):
 
     first, second: Gaussians (..., E) -> (..., E). In each dimension test(first, second) - test(second, first) is
     positive if `second` is the wider, at any eps and wherever the means lie. The means only change by how much.
-    eps: 0 to ask a trained model, as in the published evaluation; -20 in training.
+    eps: 0 for a trained model, as in the published evaluation; -20 in training.
 
     The integral has three factors. Their logarithms are -v1 - v2 / 2, from the normalising constants (the prefactor);
     -1/2 ln a, where a = 1 / sigma1^2 + 1 / (2 sigma2^2); and -(mu1 - mu2)^2 / (sigma1^2 + 2 sigma2^2). The published
@@ -380,8 +374,7 @@ class ProLIP(nn.Module):
         self.config = config
         self.image_encoder = ImageEncoder(config)
         self.text_encoder = TextEncoder(config)
-        # Cosines lie in [-1, 1], too narrow for a confident softmax. How far to stretch them is learned, as an
-        # exponent, so that the factor stays positive. train.py keeps it at most 100.
+        # Stretches the cosines. Learned as a logarithm, so that it stays positive; train.py keeps it at most ln 100.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias)))
         # The mean and standard deviation of the pictures that CLIP was trained on.
@@ -398,7 +391,7 @@ class ProLIP(nn.Module):
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         mean, log_var = self.image_encoder(images, keep)
-        return Gaussian(self.normalize(mean), log_var)
+        return Gaussian(F.normalize(upcast(mean), dim=-1), log_var)
 
     def encode_text(self, tokens):
         """int64 tokens from `tokenize`, (B, context_length) -> Gaussian (B, E)."""
@@ -406,7 +399,7 @@ class ProLIP(nn.Module):
         if tokens.ndim != 2 or tokens.shape[1] != limit:
             raise ValueError(f"tokens must be (B, {limit}), as tokenize makes them, got {tuple(tokens.shape)}")
         mean, log_var = self.text_encoder(tokens)
-        return Gaussian(self.normalize(mean), log_var)
+        return Gaussian(F.normalize(upcast(mean), dim=-1), log_var)
 
     def similarity(self, image_features, text_features):
         """Gaussians (I, E), (T, E) -> CSD (I, T), in fp32: what ranks captions and images.
@@ -421,7 +414,7 @@ class ProLIP(nn.Module):
             return upcast(image_features.mean) @ upcast(text_features.mean).T
 
     def logits(self, images, tokens):
-        """I images, T texts -> scaled and shifted CSD (I, T): the sigmoid is trained; a softmax ranks texts."""
+        """I images, T texts -> scaled and shifted CSD (I, T): a sigmoid in training, a softmax over texts in use."""
         similarities = self.similarity(self.encode_image(images), self.encode_text(tokens))
         return self.logit_scale.exp() * similarities + self.logit_bias
 
@@ -433,18 +426,19 @@ class ProLIP(nn.Module):
         return self.loss(**self.encode(images, tokens, masked, masked_tokens, kept_patches))
 
     def encode(self, images, tokens, masked=None, masked_tokens=None, kept_patches=None):
-        """What each sample contributes to the loss. To save memory, train.py calls it for a few samples at a time.
+        """The arguments of `loss`, a row for each sample. To save memory, train.py may call it on parts of a batch.
 
-        How far an original lies outside its masked copy involves no other sample, so it is computed here, in a row for
-        each masked sample.
+        The loss of an original and its masked copy involves no other sample, so it is computed here: a row for each
+        masked sample.
         """
         if len(images) != len(tokens):
             raise ValueError(f"{len(images)} images and {len(tokens)} captions; expected one caption for each image")
-        features = {"image_features": self.encode_image(images), "text_features": self.encode_text(tokens)}
+        image, text = self.encode_image(images), self.encode_text(tokens)
+        features = {"image_features": image, "text_features": text}
         if masked is not None:
             rows = masked.nonzero()[:, 0]
-            rows = rows if len(rows) else rows.new_zeros(1)  # one that will not be counted: attention needs a batch
-            image, text = (Gaussian(*(x[rows] for x in originals)) for originals in features.values())
+            rows = rows if len(rows) else rows.new_zeros(1)  # one that is not counted: a batch may not be empty
+            image, text = (Gaussian(*(x[rows] for x in original)) for original in (image, text))
             features["image_in_masked"] = self.inclusion(image, self.encode_image(images[rows], kept_patches[rows]))
             features["text_in_masked"] = self.inclusion(text, self.encode_text(masked_tokens[rows]))
             features["counted"] = masked[rows]
@@ -465,13 +459,8 @@ class ProLIP(nn.Module):
         """How far each of the first Gaussians lies outside its counterpart, (B, E) twice -> (B,)."""
         return inclusion_loss(first, second, self.config.inclusion_eps, self.config.inclusion_scale)
 
-    @staticmethod
-    def normalize(x):
-        with full_precision(x):
-            return F.normalize(upcast(x), dim=-1)
-
     def tokenize(self, texts, tokenizer):
-        """Texts, or one -> int64 (B, context_length): pieces, end, padding (and a start, if the tokenizer has one)."""
+        """A text or several -> int64 (B, context_length): (start, if the tokenizer has one,) ids, end, padding."""
         texts = [texts] if isinstance(texts, str) else texts
         start = [] if tokenizer.start_id is None else [tokenizer.start_id]
         room = self.config.context_length - 1 - len(start)
@@ -506,7 +495,7 @@ class ProLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, source, config=None):
         """Published weights, loaded strictly: a name of PUBLISHED, or a file or a state dict in the published names.
-        config: a Config or its name; a published name implies it.
+        config: a Config or its name, needed unless source is a name of PUBLISHED.
 
         For a longer context_length than the file's, the text tower's positions are stretched as LongProLIP's were; for
         another image_size, the image tower's are resized.
@@ -525,14 +514,11 @@ NAMES = [  # (a pattern in the published name, what it becomes here), all applie
 
 
 def read_weights(source, names):
-    """A name of PUBLISHED, a file or a state dict -> its tensors in the names of this file. Runs no code from a file.
-
-    names: pairs of a pattern and its replacement, all applied in this order; a name that becomes empty is dropped.
-    """
+    """A name of PUBLISHED, a file or a state dict -> its tensors, renamed by `names`. Runs no code from a file."""
     if isinstance(source, str) and source in PUBLISHED:
         import data  # only here, so that the rest of the file needs nothing but torch
         source = data.fetch(PUBLISHED[source])["source"]
-    if str(source)[-12:] == ".safetensors":
+    if not isinstance(source, dict) and str(source).endswith(".safetensors"):
         from safetensors.torch import load_file  # pip install safetensors
         source = load_file(source)
     state = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
@@ -541,24 +527,20 @@ def read_weights(source, names):
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         renamed[name] = value
-    renamed.pop("", None)
+    renamed.pop("", None)  # `names` empties the names of what is not used
     return renamed
 
 
 def load_weights(model, state):
-    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit.
-
-    Queries, keys and values become one matrix; ".T" at the end of a name marks a transposed matrix; embeddings may have
-    additional axes of length 1.
-    """
+    """Load what read_weights returned, strictly: torch's error lists the tensors that do not fit."""
     own = model.state_dict()
     for name in list(state):
-        if ".q_proj." in name:
+        if ".q_proj." in name:  # queries, keys and values become one matrix
             parts = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
             state[name.replace(".q_proj.", ".in_proj.")] = torch.cat(parts)
-        elif name.endswith(".T"):
+        elif name.endswith(".T"):  # it is stored transposed
             state[name.removesuffix(".T")] = state.pop(name).T
-        elif "embedding" in name and name in own and state[name].numel() == own[name].numel():
+        elif name in own and state[name].squeeze().shape == own[name].squeeze().shape:  # but for axes of length 1
             state[name] = state[name].reshape(own[name].shape)
     model.load_state_dict(state)
     return model.eval()
@@ -593,7 +575,7 @@ def stretch_texts(model, state, head=20, tail=2):
 
 # --- sizes, and how each is trained ---------------------------------------------------------------------------------
 
-CLIP_TOKENS = dict(pad_id=0, end_id=49407)  # its vocabulary has no mask: 32000 is an ordinary piece there
+CLIP_TOKENS = dict(pad_id=0, end_id=49407)  # it has no mask token: 32000 is an ordinary piece
 LONG = dict(context_length=256, inclusion_eps=-100.0, inclusion_scale=10.0)
 CONFIGS = {
     "vit-b-16": Config(),             # 197,923,586 parameters
@@ -603,7 +585,7 @@ CONFIGS = {
     "vit-so400m-14": Config(patch_size=14, image_width=1152, image_layers=27, image_heads=16, image_mlp=4304,
                             text_width=1152, text_layers=27, text_heads=16, text_mlp=4304,
                             embed_dim=1152),  # 866,286,434
-    # with CLIP's tokenizer and QuickGELU, as DFN's weights, which it comes from
+    # with CLIP's tokenizer and QuickGELU, as in DFN's weights, its origin
     "vit-h-14": Config(patch_size=14, image_width=1280, image_layers=32, image_heads=16, image_mlp=5120,
                        vocab_size=49408, **CLIP_TOKENS, context_length=77, text_width=1024, text_layers=24,
                        text_heads=16, text_mlp=4096, text_eps=1e-5, embed_dim=1024,
@@ -614,27 +596,22 @@ CONFIGS = {
 }
 
 HUB = "https://huggingface.co"
-CHUN = f"{HUB}/SanghyukChun"
+CHUN = f"{HUB}/SanghyukChun/%s/resolve/main/model.safetensors"
 SIGLIP = (f"{HUB}/timm/ViT-B-16-SigLIP/resolve/main/tokenizer.json", None)
 SO400M = (f"{HUB}/timm/ViT-SO400M-14-SigLIP/resolve/main/tokenizer.json", None)
 MERGES = ("https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
           "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
-B_16 = (f"{CHUN}/ProLIP-ViT-B-16-DC-1B-12_8B/resolve/main/model.safetensors", None)
-B_16_LONG = (f"{CHUN}/LongProLIP-ViT-B-16-SHD128M/resolve/main/model.safetensors", None)
-L_16 = (f"{CHUN}/ProLIP-ViT-L-16-FT-DC-1B-1_28B/resolve/main/model.safetensors", None)
-SO400M_14 = (f"{CHUN}/ProLIP-ViT-SO400M-14-FT-DC-1B-1_28B/resolve/main/model.safetensors", None)
-H_14 = (f"{CHUN}/ProLIP-ViT-H-14-FT-DC-1B-1_28B/resolve/main/model.safetensors", None)
 PUBLISHED = {  # the files of a published model: (address, SHA-256 where one is known)
-    "vit-b-16": {"source": B_16, "vocab": SIGLIP},
-    "vit-b-16-long": {"source": B_16_LONG, "vocab": SIGLIP},
-    "vit-l-16": {"source": L_16, "vocab": SIGLIP},
-    "vit-so400m-14": {"source": SO400M_14, "vocab": SO400M},
-    "vit-h-14": {"source": H_14, "vocab": MERGES},
+    "vit-b-16": {"source": (CHUN % "ProLIP-ViT-B-16-DC-1B-12_8B", None), "vocab": SIGLIP},
+    "vit-b-16-long": {"source": (CHUN % "LongProLIP-ViT-B-16-SHD128M", None), "vocab": SIGLIP},
+    "vit-l-16": {"source": (CHUN % "ProLIP-ViT-L-16-FT-DC-1B-1_28B", None), "vocab": SIGLIP},
+    "vit-so400m-14": {"source": (CHUN % "ProLIP-ViT-SO400M-14-FT-DC-1B-1_28B", None), "vocab": SO400M},
+    "vit-h-14": {"source": (CHUN % "ProLIP-ViT-H-14-FT-DC-1B-1_28B", None), "vocab": MERGES},
 }
 
-# What train.py uses unless told otherwise. files: what a run starts from; tokenizer: the kind of their vocabulary;
-# image_lr: the image tower's rate, in multiples of lr; scratch: what changes with --scratch, which starts from nothing.
-# With it rate and decay are the paper's for B/16.
+# The defaults of train.py. files: the weights that a run starts from; tokenizer: the kind of their vocabulary;
+# image_lr: the image tower's rate, as a multiple of lr; scratch: what --scratch (from random weights) changes.
+# The scratch values are the paper's for B/16.
 FINE = dict(batch=64, epochs=5, lr=1e-5, image_lr=1.0, weight_decay=0.1, warmup=0.1, tokenizer="unigram",
             scratch=dict(epochs=32, lr=5e-4, weight_decay=0.2))
 RECIPES = {
@@ -651,16 +628,15 @@ RECIPES = {
 def sines_and_contrast(encoder, grid):
     """Start an image tower with what a ViT learns first: without it, the tiny size learns colours but hardly any shape.
 
-    Positions: sines and cosines of a patch's column and row, so that neighbours are alike. Patch filters: three
-    quarters lose their mean and become six times as strong, so that contrast counts beside brightness.
+    Positions: sines and cosines of a patch's column and row, so that neighbours are similar. Patch filters: three
+    quarters of them lose their mean and are multiplied by 6, so that contrast counts as much as brightness.
     """
     table, filters = encoder.positional_embedding, encoder.conv1.weight
     quarter = table.shape[1] // 4
     angles = torch.arange(grid)[:, None] * 30 ** (-torch.arange(quarter) / quarter)  # (grid, D/4): place x frequency
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     table[-grid ** 2:] = torch.cat([wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)], dim=1)  # column, row
-    contrast = filters[:3 * quarter]
-    contrast.copy_(6 * (contrast - contrast.mean(dim=(2, 3), keepdim=True)))
+    filters[:3 * quarter] = 6 * (filters - filters.mean(dim=(2, 3), keepdim=True))[:3 * quarter]
 
 
 def load(source, device=None):
@@ -678,8 +654,10 @@ class ZeroShotPipeline:
     def predict(self, image, labels, top_k=5):
         """image: a path or a PIL image; labels: two texts or more."""
         device = self.model.logit_scale.device
-        images, tokens = self.preprocess(image)[None].to(device), self.model.tokenize(labels, self.tokenizer).to(device)
-        probabilities = self.model.logits(images, tokens)[0].softmax(dim=0).tolist()
+        image_features = self.model.encode_image(self.preprocess(image)[None].to(device))
+        text_features = self.model.encode_text(self.model.tokenize(labels, self.tokenizer).to(device))
+        cosines = self.model.classify(image_features, text_features)[0]  # means only, as published for classes
+        probabilities = (self.model.logit_scale.exp() * cosines).softmax(dim=0).tolist()
         return sorted(zip(labels, probabilities), key=lambda pair: -pair[1])[:top_k]
 
 
