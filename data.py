@@ -116,10 +116,16 @@ def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0):
         if not found:
             raise EmptySplit(f"{name}: no picture belongs to the split {split!r}")
         sources, samples = zip(*found)
-        images, kept = cache_pictures(cache_name(root or name, split), sources, size, fit, cache)
+        images, kept = cache_pictures(f"{cache_name(root or name, split)}-{size}-{fit}", sources, size, cache,
+                                      functools.partial(read_picture, size=size, fit=fit))
         return Split(f"{name} {split}", images, [samples[i] for i in kept], augment=True)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"--data {name}: {error}; --root and --cache name other folders") from None
+    except UserError:
+        raise
+    except (OSError, zipfile.BadZipFile, csv.Error, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:
+        raise UserError(f"--data {name}: {type(error).__name__}: {error}. A table has the columns image,caption (and "
+                        "perhaps long,split), a .json is a list of objects with these, all in UTF-8; --root and "
+                        "--cache name other folders") from None
 
 
 def records(name, root):
@@ -137,20 +143,14 @@ def records(name, root):
         path = next((table for suffix in readers if (table := path / f"captions{suffix}").exists()), path)
     if not path.is_dir() and path.suffix.lower() not in readers:
         raise UserError(f"--data {path}: expected a folder, a .csv, .tsv or .json, or shards (.tar)")
-    try:
-        return group(readers.get(path.suffix.lower(), read_folder)(path), path if path.is_dir() else path.parent, path)
-    except UserError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        raise UserError(f"--data {path}: {type(error).__name__}: {error}. A table has the columns image,caption (and "
-                        "perhaps long,split); a .json is a list of objects with these; all are UTF-8") from None
+    return group(readers.get(path.suffix.lower(), read_folder)(path), path if path.is_dir() else path.parent, path)
 
 
 def load_shapes(name, split, size, cache, seed):
     language = GENERATED[name]
     keys = [f"{seed}/{split}/{i}" for i in range(shapes.COUNTS[split])]
-    images, _ = cache_pictures(f"shapes-{split}-{seed}", keys, size, f"v{shapes.VERSION}", cache,
-                               read=lambda key, size, fit: shapes.draw(shapes.make_scene(key), size))
+    images, _ = cache_pictures(f"shapes-{split}-{seed}-{size}-v{shapes.VERSION}", keys, size, cache,
+                               lambda key: shapes.draw(shapes.make_scene(key), size))
     samples = [Sample(shapes.captions(scene, language), shapes.long_caption(scene, language),
                       shapes.web_caption(scene, language)) for scene in map(shapes.make_scene, keys)]
     return Split(f"{name} {split}", images, samples, augment=False)  # crops and flips would make captions false
@@ -164,11 +164,11 @@ def load_zero_shot(name, size, seed=0):
 # --- the loader -----------------------------------------------------------------------------------------------------
 
 class Loader:
-    """Training batches. `batch_at(step)` is a function of seed and step, and that is all there is to resuming.
+    """Training batches. `batch_at(step)` depends only on the seed and the step: a resumed run sees the same batches.
 
     text_batch(samples, rngs) -> dict of tensors: the captions that the model trains on, in its own form.
-    batch: the global batch, of which this process gets the rank-th part of `world`. What is drawn is drawn for the
-    whole batch, so the processes together see the very batch that one process would.
+    batch: the global batch, of which this process gets the rank-th part of `world`. Each sample has its own random
+    generator, so all processes together see the same batch as one process would.
     epoch: how many pictures are an epoch, if not all of them; evaluation and checkpoints come after each epoch.
     """
     def __init__(self, split, batch, text_batch, seed=0, rank=0, world=1, epoch=None):
@@ -189,21 +189,21 @@ class Loader:
         share = self.batch // self.world
         first = i * self.batch + self.rank * share
         rows = self.split.order(f"order/{self.seed}/{turn}", first, first + share)
-        run = self.pool.map if self.split.augment else map  # rows of a cache need no threads
+        run = self.pool.map if self.split.augment else map  # otherwise a row is only copied
         images, samples, rngs = zip(*run(functools.partial(self.read, turn), range(first, first + share), rows))
         return {"images": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), **self.text_batch(samples, rngs)}
 
     def read(self, turn, place, row):
         """The picture at a place of a pass, its sample and its random generator, which also draws its caption.
 
-        A broken sample of a shard leaves its place to the one that comes a batch later, and so on: no picture is in a
-        batch twice, and the batch is still a function of the step.
+        If a sample of a shard is broken, the one a batch later in the order replaces it. So no picture is twice in a
+        batch, and the batch still depends only on the seed and the step.
         """
         for _ in range(self.steps_per_pass):
             try:
                 pixels, sample = self.split[row]
             except PictureError as error:
-                if row not in self.broken and len(self.broken) < 3:  # of more of them, only the number is told
+                if row not in self.broken and len(self.broken) < 3:  # train.py says how many there are
                     say(f"left out: {error}")
                 self.broken.add(row)
                 place = (place + self.batch) % (self.steps_per_pass * self.batch)
@@ -249,7 +249,7 @@ class PictureError(Exception):
 
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-PASSING = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM)  # the machine's trouble says nothing about a picture
+TRANSIENT = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM)  # errors of the machine, not of the picture
 
 
 def read_picture(source, size, fit="crop"):
@@ -260,7 +260,7 @@ def read_picture(source, size, fit="crop"):
     """
     try:
         if isinstance(source, tuple):
-            source = open_zip(source[0]).read(source[1])
+            source = read_bytes(source)
         if not isinstance(source, Image.Image):
             source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         image = ImageOps.exif_transpose(source)
@@ -282,7 +282,7 @@ def read_picture(source, size, fit="crop"):
     except FileNotFoundError:
         raise PictureError("no such file") from None
     except Exception as error:  # broken files fail in ways of their own, and none may end a run
-        if isinstance(error, (MemoryError, UserError)) or getattr(error, "errno", None) in PASSING:
+        if isinstance(error, (MemoryError, UserError)) or getattr(error, "errno", None) in TRANSIENT:
             raise
         raise PictureError(" ".join(str(error).split()) or type(error).__name__) from None
 
@@ -315,13 +315,34 @@ def list_pictures(folder):
 VERSION = 2  # raised when the same file would give other pixels, or another index
 
 
-def cache_pictures(name, sources, size, fit, folder, read=read_picture):
+def cache_pictures(name, sources, size, cache, read):
     """Decode every source once -> (uint8 (N, size, size, 3), memory-mapped; the numbers of the sources that it holds).
 
-    The file's name hangs on all that the pixels depend on: when a source changes, a new cache is made.
+    read(source) -> uint8 (size, size, 3), or a PictureError. The file's name contains a fingerprint of the sources, so
+    a source that changes makes a new cache; what else the pixels depend on belongs into `name`.
     """
-    path = Path(folder) / f"{name}-{size}-{fit}-{fingerprint(size, fit, *map(stamp, sources))}.u8"
-    found = once(path, functools.partial(decode, name, sources, functools.partial(read, size=size, fit=fit)))
+    def pixels(source):
+        try:
+            return read(source).tobytes(), ""
+        except PictureError as error:
+            return b"", str(error)  # the error itself would keep the picture's memory
+
+    def build(file):
+        kept, bad = [], []
+        with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow does not hold Python's lock
+              tqdm(total=len(sources), desc=f"{name}, once", unit=" pictures", **bar_options()) as bar):
+            for first in range(0, len(sources), 256):
+                for i, (content, why) in enumerate(pool.map(pixels, sources[first:first + 256]), first):
+                    if why:
+                        bad.append((str(sources[i]), why))
+                    else:
+                        kept.append(i)
+                        file.write(content)
+                    bar.update()
+        return {"kept": kept, "bad": bad}
+
+    path = Path(cache) / f"{name}-{fingerprint(*map(stamp, sources))}.u8"
+    found = once(path, build)
     kept, bad = found["kept"], found["bad"]
     if bad:
         say(f"{name}: {len(bad)} of {len(sources)} pictures cannot be read and are left out "
@@ -333,28 +354,6 @@ def cache_pictures(name, sources, size, fit, folder, read=read_picture):
     return np.memmap(path, np.uint8, "r", shape=(len(kept), size, size, 3)), kept
 
 
-def decode(name, sources, read, file):
-    """Write the pictures one after the other -> the numbers of those that could be read, and why others could not."""
-    def pixels(source):
-        try:
-            return read(source).tobytes(), ""
-        except PictureError as error:
-            return b"", str(error)  # the error itself would keep the picture's memory
-
-    kept, bad = [], []
-    with (concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow does not hold Python's lock
-          tqdm(total=len(sources), desc=f"{name}, once", unit=" pictures", **bar_options()) as bar):
-        for first in range(0, len(sources), 256):
-            for i, (content, why) in enumerate(pool.map(pixels, sources[first:first + 256]), first):
-                if why:
-                    bad.append((str(sources[i]), why))
-                else:
-                    kept.append(i)
-                    file.write(content)
-                bar.update()
-    return {"kept": kept, "bad": bad}
-
-
 def once(path, build):
     """Make the file `path` by build(file), if it is not there -> what build returned, which is kept beside it.
 
@@ -362,7 +361,7 @@ def once(path, build):
     Older files of this name, up to the fingerprint at its end, are removed.
     """
     listing = path.with_suffix(".json")
-    if not listing.exists():
+    if not (listing.exists() and path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(path) as file:
             found = build(file)
@@ -439,7 +438,7 @@ def read_table(path):
         raise UserError(f"{path}: columns found: {', '.join(header) or 'none'}; expected image,caption (and perhaps "
                         "long,split), separated by commas")
     rows = []
-    for fields in table:
+    for fields in filter(None, table):  # without empty lines
         if len(fields) > len(header):
             raise UserError(f"{path}, line {table.line_num}: more fields than the header has; put captions with commas "
                             "in quotes")
@@ -458,7 +457,7 @@ def read_folder(folder):
         say_once(f"{folder}: {len(pictures) - len(texts)} of {len(pictures)} pictures have no .txt beside them "
                  "and are left out")
     return [{"image": str(picture.relative_to(folder)), "caption": line.strip()}
-            for picture, text in texts.items() for line in text.read_text(encoding="utf-8-sig").split("\n")]
+            for picture, text in texts.items() for line in text.read_text(encoding="utf-8-sig").strip().split("\n")]
 
 
 def read_json(path):
@@ -467,8 +466,8 @@ def read_json(path):
     for entry in karpathy(content["images"], path.parent) if isinstance(content, dict) else content:
         texts = next((entry[key] for key in ("captions", "caption_ko", "caption") if key in entry), None)
         if not isinstance(texts, (str, list)):
-            raise UserError(f"{path}: found {json.dumps(entry, ensure_ascii=False)[:80]}; expected an object with image "
-                            "and caption, or captions")
+            raise UserError(f"{path}: found {json.dumps(entry, ensure_ascii=False)[:80]}; expected an object with "
+                            "image and caption, or captions")
         row = {"image": entry["image"] if "image" in entry else entry["file_path"],
                "split": entry.get("split") or "", "long": (entry.get("long") or "").strip()}
         rows += [{**row, "caption": text.strip()} for text in ([texts] if isinstance(texts, str) else texts)]
@@ -480,7 +479,7 @@ def karpathy(entries, folder):
     pictures = [str(path.relative_to(folder)) for path in list_pictures(folder)]
     places = {os.path.basename(picture): picture for picture in pictures} | {name: name for name in pictures}
     for entry in entries:
-        name = entry["filename"]  # of COCO, filepath is the folder
+        name = entry["filename"]  # COCO's entries have the folder in filepath
         image = places.get(os.path.join(entry.get("filepath") or "", name)) or places.get(name) or name
         yield {"image": image, "split": entry["split"], "captions": [text["raw"] for text in entry["sentences"]]}
 
@@ -621,11 +620,12 @@ def load_shards(pattern, split, size, fit, cache):
     index, bounds = index_shards(paths, cache_name(pattern, f"index-{split}"), cache)
     if split == "train":
         samples = [sample for entry in index[:bounds[1]] if (sample := read_captions(paths[0], entry)).captions]
-        return Shards(f"{pattern} train", None, samples, True, paths, index, bounds, size, fit)
+        return Shards(f"{pattern} train", images=None, samples=samples, augment=True, paths=paths, index=index,
+                      bounds=bounds, size=size, fit=fit)
     rows = range(1 if split == "test" else 0, len(index), 2)[:1000]
     images, kept = cache_pictures(
-        cache_name(pattern, split), [(held_out, row) for row in rows], size, fit, cache,
-        read=lambda source, size, fit: read_shard(held_out, index[source[1]], size, fit)[0])
+        f"{cache_name(pattern, split)}-{size}-{fit}", [(held_out, row) for row in rows], size, cache,
+        lambda source: read_shard(held_out, index[source[1]], size, fit)[0])
     samples = [read_captions(held_out, index[rows[i]]) for i in kept]
     return Split(f"{pattern} {split}", images, samples, augment=True)
 
@@ -662,7 +662,7 @@ def index_shard(path):
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, name = os.path.split(member.name)
-                if member.isfile() and not name.startswith("."):  # such as macOS's ._NAME beside every NAME
+                if member.isfile() and member.size < 2 ** 31 and not name.startswith("."):  # as macOS's ._NAME files
                     key, _, suffix = name.partition(".")
                     part = "picture" if f".{suffix.lower()}" in PICTURE_SUFFIXES else suffix.lower()
                     samples.setdefault(os.path.join(folder, key), {})[part] = member.offset_data, member.size
@@ -696,11 +696,11 @@ def read_part(path, place):
 
 
 def read_captions(path, entry):
-    """The texts of a sample of a shard; without captions where they cannot be read."""
+    """The texts of a sample of a shard; captions is [] if they cannot be read."""
     try:
         lines = read_part(path, entry["txt"]).decode("utf-8-sig").split("\n") if entry["txt"]["bytes"] else []
         fields = json.loads(read_part(path, entry["json"])) if entry["json"]["bytes"] else {}
-        texts = {key: " ".join(fields[key].split()) for key, value in fields.items() if isinstance(value, str)}
+        texts = {key: " ".join(value.split()) for key, value in fields.items() if isinstance(value, str)}
     except (ValueError, RecursionError, AttributeError):
         return Sample([])
     web, long = texts.get("org_caption") or None, texts.get("re_caption") or None
@@ -711,7 +711,7 @@ def read_captions(path, entry):
 # --- downloads, checkpoints, messages -------------------------------------------------------------------------------
 
 def download(url, path, md5=None, sha256=None):
-    """Fetch url to path, with a progress bar, unless it is there. A part or a damaged file never gets that name."""
+    """Fetch url to path, unless it is there. An incomplete or damaged file never gets that name."""
     path = Path(path)
     if path.exists():
         return path
@@ -744,7 +744,7 @@ def read_checkpoint(path):
     """What a checkpoint of train.py holds. path: the file, or its run's folder, of which best.pt is read."""
     path = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises half a dozen types for a file that is none
@@ -779,36 +779,48 @@ def load_model(Model, Config, published, recipes, source, device=None):
 
 def command(load):
     """What `python MODEL.py CHECKPOINT IMAGE LABEL LABEL ...` does, with the `load` of that file."""
-    name, *arguments = sys.argv
+    program, *arguments = Path(sys.argv[0]).name, *sys.argv[1:]
     if len(arguments) < 4:
-        sys.exit(f'usage: python {name} CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
+        sys.exit(f'usage: python {program} CHECKPOINT IMAGE "a photo of a dog" "a photo of a cat" ...  (two or more)')
     source, image, *labels = arguments
-    try:
+    with entrance(program), torch.no_grad():
         model, tokenizer, prepare = load(source)
-        with torch.no_grad():
-            images = prepare(image)[None].to(model.logit_scale.device)
-            texts = model.tokenize(labels, tokenizer).to(model.logit_scale.device)
-            image_features, text_features = model.encode_image(images), model.encode_text(texts)
-            cosines = getattr(model, "classify", model.similarity)(image_features, text_features)[0]
-            probabilities = (model.logit_scale.exp() * cosines).softmax(dim=0)
-            for i in probabilities.argsort(descending=True).tolist():
-                vague = f"  uncertainty {text_features.uncertainty[i]:.4f}" if hasattr(model, "classify") else ""
-                say(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}{vague}  {labels[i]}")
-            if getattr(model, "captioner", None):
-                say("says: " + model.caption(images, tokenizer)[0])
-    except ValueError as error:
-        sys.exit(f"{Path(name).name}: {error}")
+        images = prepare(image)[None].to(model.logit_scale.device)
+        text_features = model.encode_text(model.tokenize(labels, tokenizer).to(images.device))
+        cosines = getattr(model, "classify", model.similarity)(model.encode_image(images), text_features)[0]
+        probabilities = (model.logit_scale.exp() * cosines).softmax(dim=0)
+        for i in probabilities.argsort(descending=True).tolist():
+            vague = f"  uncertainty {text_features.uncertainty[i]:.4f}" if hasattr(model, "classify") else ""
+            say(f"{probabilities[i]:7.1%}  cosine {cosines[i]:+.3f}{vague}  {labels[i]}")
+        if getattr(model, "captioner", None):
+            say("says: " + model.caption(images, tokenizer)[0])
+
+
+@contextlib.contextmanager
+def entrance(program):
+    """Around a whole program: a user's mistake ends it with one line, and no traceback."""
+    with contextlib.suppress(AttributeError):  # a name that the terminal cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{program}: out of GPU memory ({str(error).splitlines()[0]}); in training, --microbatch 32 or "
+                 "--recompute need less and change nothing else; or lower --batch, or use more GPUs")
+    except (UserError, OSError) as error:
+        sys.exit(f"{program}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def best_device():
-    """The GPU of this process, else Apple's, else the CPU. Several processes cannot exchange what Apple's GPU holds."""
+    """The GPU of this process, else Apple's, else the CPU. (Several processes cannot exchange what Apple's holds.)"""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if "RANK" not in os.environ and torch.backends.mps.is_available() else "cpu")
 
 
 def quiet():
-    """Whether another process of this run is the one that talks."""
+    """True in all processes of a run but the first, which is the only one that prints."""
     return os.environ.get("RANK", "0") != "0"
 
 
@@ -819,7 +831,7 @@ def say(text):
 
 @functools.lru_cache
 def say_once(text):
-    """What is found in a data set: its files are read for each split, but told of once."""
+    """say, but each text only once: the files of a data set are read again for each split."""
     say(text)
 
 

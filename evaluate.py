@@ -84,8 +84,8 @@ def pick_precision(device, asked=None):
         return asked
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-        return "bf16"  # without these instructions bf16 is emulated, and slower than fp32
+    if device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # else bf16 is emulated, and slow
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     return "fp32"
 
 
@@ -189,7 +189,7 @@ def zero_shot(model, tokenizer, task, precision):
         found.append(table.mean(dim=2).argmax(dim=1).cpu())
     right = torch.cat(found).numpy() == task.labels
     groups = {"all": slice(None), **task.groups}
-    return {f"zs_{name}": 100 * right[mask].mean() for name, mask in groups.items()}
+    return {f"zs_{name}": float(100 * right[mask].mean()) for name, mask in groups.items()}
 
 
 def evaluate(model, tokenizer, split, task, precision):
@@ -198,7 +198,7 @@ def evaluate(model, tokenizer, split, task, precision):
     scores = retrieval(model, *features)
     if task:
         scores |= zero_shot(model, tokenizer, task, precision)
-    return {name: float(value) for name, value in scores.items()}, features
+    return scores, features
 
 
 def describe(scores):
@@ -250,7 +250,7 @@ def load_test_split(name, config, root, cache):
     try:
         return data.load(name, "test", **options)
     except data.EmptySplit as error:
-        data.say_once(f"{error}; the figures are those of its validation split, which chose the checkpoint")
+        data.say_once(f"{error}; these figures are of the validation split, on which the checkpoint was chosen")
         return data.load(name, "val", **options)
 
 
@@ -327,26 +327,29 @@ def load_font(size, text):
 def search(source, folder, query, cache="data/cache", precision=None, out=None, best=12):
     """The pictures of a folder that are most similar to a query: as lines of score and path, and as a contact sheet.
 
-    The features of the folder are kept in CACHE/features, and made anew when one of its pictures or the checkpoint
-    changes: the file's name hangs on their names, sizes and times of change.
+    The features of the folder are kept in CACHE/features. The file's name contains a fingerprint of the checkpoint and
+    of every picture, so if one of them changes, the features are made anew.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: expected a folder of pictures")
     model, tokenizer, prepare = load(source)
     device, sheet = model.logit_scale.device, Path(out or ".") / "search.png"
     paths = [path for path in data.list_pictures(folder) if path.resolve() != sheet.resolve()]
-    place = data.fingerprint(str(source), os.path.abspath(folder))
-    file = Path(cache) / "features" / f"{place}-{data.fingerprint(precision, *map(data.stamp, [source, *paths]))}.pt"
+    key = data.fingerprint(str(source), os.path.abspath(folder), precision)
+    file = Path(cache) / "features" / f"{key}-{data.fingerprint(*map(data.stamp, [source, *paths]))}.pt"
     with autocast(device, pick_precision(device, precision)):
         if not file.exists():
             features, kept = encode_files(model, prepare, paths)
             file.parent.mkdir(parents=True, exist_ok=True)
             with data.writing(file) as content:
                 torch.save((features, kept), content)
-            for old in set(file.parent.glob(f"{place}-*.pt")) - {file}:
-                old.unlink()
-        with torch.serialization.safe_globals([prolip.Gaussian, llip.KeysValues]):
-            features, kept = torch.load(file, weights_only=True)
+            for old in set(file.parent.glob(f"{key}-*.pt")) - {file}:
+                old.unlink(missing_ok=True)
+        try:
+            with torch.serialization.safe_globals([prolip.Gaussian, llip.KeysValues]):
+                features, kept = torch.load(file, weights_only=True)
+        except Exception as error:  # torch.load raises half a dozen types
+            raise UserError(f"{file} is damaged ({type(error).__name__}); delete it") from None
         text_features = model.encode_text(model.tokenize(query, tokenizer).to(device))
     scores = model.similarity(take(features, device), text_features)[:, 0]
     found = [(scores[i].item(), paths[kept[i]]) for i in scores.argsort(descending=True)[:best].tolist()]
@@ -397,21 +400,15 @@ def main(argv=None):
     add("--out", help="the folder for the picture (default: the run's; for a search: this one)")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="(default: what the device is best at)")
     args = parser.parse_args(argv)
-    with contextlib.suppress(AttributeError):  # a name that the terminal cannot show is no reason to stop
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    if args.search and (args.data or args.root):
+        parser.error("--search does not go with --data or --root")
+    with data.entrance("evaluate.py"):
         if args.out:
             Path(args.out).mkdir(parents=True, exist_ok=True)
         if args.search:
             say(search(args.checkpoint, *args.search, args.cache, args.precision, args.out))
         else:
             say(test(args.checkpoint, args.data, args.root, args.cache, args.precision, args.out))
-    except UserError as error:
-        sys.exit(f"evaluate.py: {error}")
-    except OSError as error:
-        sys.exit(f"evaluate.py: {error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     Unigram     SentencePiece's: the most probable of all ways to cut a word
 
 Each has encode(text) -> ids, decode(ids) -> text, pad_id, start_id, end_id, len() and state(). The state is of plain
-types and goes into every checkpoint, so that a model is never parted from its vocabulary. The special tokens around
-the pieces are the model files' business.
+types and goes into every checkpoint, which so contains its vocabulary. The special tokens around the pieces are the
+model files' business.
 
     tokenizer = read_vocabulary("clip", "bpe_simple_vocab_16e6.txt.gz")      # a published vocabulary
     tokenizer = from_state(checkpoint["tokenizer"])                          # the one of a checkpoint
@@ -34,19 +34,19 @@ class UserError(ValueError):
 
 
 class Tokenizer:
-    """What all four share: a text is cut into words, and the ids of a word are found once."""
+    """What all four share: a text is cut into words, and the ids of each word are cached."""
     def __init__(self):
-        self.known = {}
+        self.cache = {}
 
     def encode(self, text):
         """The ids of a text's pieces, without special tokens around them."""
         ids = []
         for word in self.words(text):
-            found = self.known.get(word)
+            found = self.cache.get(word)
             if found is None:
                 found = self.encode_word(word)
-                if len(self.known) < WORDS_KEPT:
-                    self.known[word] = found
+                if len(self.cache) < WORDS_KEPT:
+                    self.cache[word] = found
             ids += found
         return ids
 
@@ -84,7 +84,7 @@ class BPE(Tokenizer):
     @staticmethod
     def words(text):
         text = " " + " ".join(unicodedata.normalize("NFC", text).lower().split())
-        return re.findall(r" ?[^\W\d_]+| ?\d| ?(?:[^\w\s]|_)+| ", text)
+        return re.findall(r" ?[^\W\d_]+| ?\d| ?(?:[^\w\s]|_)+| ", text)  # the last: an empty text is one space
 
     @classmethod
     def first_ids(cls, word):
@@ -154,10 +154,10 @@ def merge(ids, pair, new):
     return merged
 
 
-# CLIP's order of the bytes. In its file the printable ones stand for themselves, the other 68 are chr(256), chr(257), ...
-CLIP_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-CLIP_CHARACTERS = [*map(chr, CLIP_BYTES), *map(chr, range(256, 256 + 68))]
-CLIP_BYTES += sorted(set(range(256)) - set(CLIP_BYTES))
+# CLIP's order of the bytes. In its file the printable ones stand for themselves, the others are chr(256), chr(257), ...
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+CLIP_BYTES = PRINTABLE + sorted(set(range(256)) - set(PRINTABLE))
+CLIP_CHARACTERS = [*map(chr, PRINTABLE), *map(chr, range(256, 512 - len(PRINTABLE)))]
 
 
 class CLIPBPE(BPE):
@@ -177,7 +177,7 @@ class CLIPBPE(BPE):
         super().__init__(merges)
         self.start_id, self.end_id = len(self.symbols), len(self.symbols) + 1
         self.symbols += [b"", b""]
-        self.known = {"<|startoftext|>": [self.start_id], "<|endoftext|>": [self.end_id]}  # spelled out in a text
+        self.cache = {"<|startoftext|>": [self.start_id], "<|endoftext|>": [self.end_id]}  # written in a text
         numbers = more_numbers()
         self.word = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
                                rf"|[^\W\d_{numbers}]+|[\d{numbers}]|(?:[^\s\w\u0345]|_)+", re.IGNORECASE)

@@ -7,9 +7,9 @@
     torchrun --nproc_per_node 8 train.py --model liteclip --data flickr8k      # eight GPUs, the same global batch
 
 A run writes into its folder: last.pt (every epoch, and when interrupted), best.pt (by mean validation R@1), log.csv,
-retrieval.png. The order of the pictures and the captions, crops and dropout of a step follow from (seed, step), and so
-does the learning rate: to resume is to load weights and optimizer and to go on counting. --resume RUN begins there if
-RUN is empty, so the same command, started again by torchrun or SLURM, goes on by itself.
+retrieval.png. Everything random in a step depends only on the seed and the step, and so does the learning rate. So a
+run resumes by loading weights and optimizer and counting on. --resume RUN begins there if RUN is empty: the same
+command, started again by torchrun or SLURM, goes on by itself.
 """
 import argparse
 import collections
@@ -40,17 +40,17 @@ from tqdm import tqdm
 import data
 import tokens
 from data import UserError, say
-from evaluate import (MODELS, autocast, describe, each, evaluate, gallery, home, join, pick_precision, rank, sizes, test,
-                      world)
+from evaluate import (MODELS, autocast, describe, each, evaluate, gallery, home, join, pick_precision, rank, sizes,
+                      test, world)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
 
 def train(args):
-    """One run, from the first step or from that of a checkpoint, to the figures of its test split."""
+    """One run, from the first step or from that of a checkpoint."""
     run = set_up(args)
     model, network, optimizer, scaler, loader = run.model, run.network, run.optimizer, run.scaler, run.loader
-    step, steps, since = run.step, run.steps, SimpleNamespace(time=time.time(), step=run.step)
+    step, steps, first_step, began = run.step, run.steps, run.step, time.time()
     with Interrupt() as interrupt, tqdm(total=steps, initial=step, unit=" steps", **data.bar_options()) as bar:
         for batch in loader.stream(step, steps):
             batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
@@ -79,11 +79,11 @@ def train(args):
             epoch_ends = step % loader.steps_per_epoch == 0 or step == steps
             if not (epoch_ends or stop or step % 20 == 0):
                 continue
-            seconds = time.time() - since.time
-            row = dict(step=step, epoch=step / loader.steps_per_epoch, samples=step * args.batch, lr=lr,
-                       logit_scale=model.logit_scale.exp().item(), wait=loader.waited / seconds,
-                       images_per_s=(step - since.step) * args.batch / seconds,
-                       **{name: float(loss) for name, loss in losses.items()})
+            seconds = time.time() - began
+            row = dict(step=step, epoch=step / loader.steps_per_epoch, samples=step * args.batch,
+                       **{name: float(loss) for name, loss in losses.items()}, lr=lr,
+                       logit_scale=model.logit_scale.exp().item(),
+                       images_per_s=(step - first_step) * args.batch / seconds, wait=loader.waited / seconds)
             stop_if_not_finite(row, float(norm), scaler)
             bar.set_postfix_str("loss {loss:.3f}, lr {lr:.1e}, {images_per_s:.0f} images/s, {wait:.0%} waiting for data"
                                 .format(**row), refresh=False)
@@ -92,16 +92,16 @@ def train(args):
                 scores, _ = evaluate(model, run.tokenizer, run.validation, run.task, run.precision)
                 bar.clear()
                 say("epoch {epoch:.3g}: loss {loss:.3f}, {images_per_s:.0f} images/s, {wait:.1%} waiting for data; "
-                    .format(**row) + describe(scores))
-            run.log.write(row, scores)
+                    .format(**row) + describe(scores) + remarks(run, row))
+            write_log(run.folder, row, scores)
             if epoch_ends or stop:
                 keep(run, args, step, scores)
-                since, loader.waited = SimpleNamespace(time=time.time(), step=step), 0.0
+                first_step, began, loader.waited = step, time.time(), 0.0
             if stop and step < steps:
                 say(f"stopped after step {step} of {steps}; go on with: python train.py --resume "
                     + shlex.quote(str(run.folder)))
                 sys.exit(128 + (interrupt.signal or signal.SIGTERM))
-    finish(args, run)
+    return run
 
 
 def set_up(args):
@@ -118,7 +118,7 @@ def set_up(args):
     if args.checkpoint:
         model, run.tokenizer, _ = home(args.model).load(args.checkpoint, run.device)
     else:
-        model, run.tokenizer = first_on_each_machine(lambda: make_model(args, config, training))
+        model, run.tokenizer = make_model(args, config, training)
     run.model = model = model.to(run.device)
     check_texts(model, run.tokenizer, training)
     if args.recompute:
@@ -142,11 +142,12 @@ def set_up(args):
     if args.checkpoint:
         go_on(run, args.checkpoint)
     run.folder = (Path(args.checkpoint).parent if args.checkpoint else make_folder(args)) if rank() == 0 else None
-    run.log = Log(run.folder, run.step, chance_loss(model, args.batch))
+    trim_log(run.folder, run.step)
+    run.chance = chance_loss(model, args.batch)
     say(f"{args.model} {args.config} on {args.data}: {run.device.type} x {world()}, {run.precision}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(training):,} training images, batch {args.batch}, "
-        f"{run.loader.steps_per_epoch} steps an epoch, {run.steps:,} in all; a model that tells nothing apart has a "
-        f"contrastive loss of {run.log.chance:.2f}")
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(training):,} training images, "
+        f"batch {args.batch}, {run.loader.steps_per_epoch} steps an epoch, {run.steps:,} in all; a model that tells "
+        f"nothing apart has a contrastive loss of {run.chance:.2f}")
     say(gallery(run.validation))
     return run
 
@@ -164,8 +165,8 @@ def go_on(run, path):
     """Put the optimizer, the scaler and the counters where the checkpoint has them."""
     saved = data.read_checkpoint(path)
     if saved["images"] != len(run.loader.split):
-        raise UserError(f"{path} is of a run on {saved['images']:,} training images; here are {len(run.loader.split):,}: "
-                        "with other data it would not be the same run")
+        raise UserError(f"{path} is of a run on {saved['images']:,} training images, here are "
+                        f"{len(run.loader.split):,}; with other data it would not be the same run")
     if saved["step"] >= run.steps:
         raise UserError(f"{path} is the end of its run, {run.steps} steps; nothing to resume. Its figures: "
                         f"python evaluate.py {Path(path).parent}")
@@ -181,10 +182,13 @@ def go_on(run, path):
 
 
 def keep(run, args, step, scores):
-    """Write last.pt, and best.pt if these validation scores are the best. Called by all processes: each has a part."""
+    """Write last.pt, and best.pt if these validation scores are the best.
+
+    All processes call it: with --shard-optimizer each holds a part of the optimizer's state. Only the first writes.
+    """
     mean = (scores["i2t_r1"] + scores["t2i_r1"]) / 2 if scores else -1.0
     # best.pt first: a run that is killed between the two does this epoch again. The other way round it would go on, and
-    # take for the best what was never written.
+    # believe that best.pt was written.
     names = ["best.pt", "last.pt"] if mean > run.best else ["last.pt"]
     run.best = max(mean, run.best)
     if hasattr(run.optimizer, "consolidate_state_dict"):
@@ -209,7 +213,7 @@ def finish(args, run):
     first = rank() == 0
     if world() > 1:  # the test is for one process, after the last checkpoint is on the disk
         dist.barrier()
-        run.network = None  # it holds the process group, whose threads abort a process that exits with them
+        run.network = None  # DistributedDataParallel holds the process group, whose threads abort a process at its exit
         dist.destroy_process_group()
     if first:
         labels = '"a red star" "a blue circle"' if args.data == "shapes" else '"a photo of a dog" "a photo of a cat"'
@@ -231,7 +235,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def make_optimizer(model, weight_decay, image_lr=1.0, shard=False):
-    """AdamW; no decay on gains, biases, embeddings and logit_scale, which a pull to zero would not make simpler.
+    """AdamW. Only matrices decay: not gains, biases, embeddings or logit_scale.
 
     image_lr: the learning rate of the image tower's matrices, as a multiple of the others'.
     shard: whether each process keeps only the moments of its part of the parameters, and updates these for all.
@@ -244,7 +248,7 @@ def make_optimizer(model, weight_decay, image_lr=1.0, shard=False):
     groups = [{"params": params, "weight_decay": weight_decay * decay, "scale": scale}
               for (decay, scale), params in groups.items()]
     options = dict(betas=(0.9, 0.98), eps=1e-6)
-    if shard and world() > 1:  # not fused: on a GPU, what it loads would lie where fused AdamW does not look for it
+    if shard and world() > 1:  # not fused: a loaded `step` would lie on the CPU, and fused AdamW needs it on the GPU
         from torch.distributed.optim import ZeroRedundancyOptimizer  # not at the top: it takes a second to import
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, fused=model.logit_scale.device.type in ("cuda", "cpu"), **options)
@@ -281,7 +285,8 @@ def backward_in_parts(model, batch, size, run, seed):
             rows = slice(done[name], done[name] + len(some[0]))
             done[name] = rows.stop
             pairs += [(x, y.grad[rows]) for x, y in zip(some, of_all) if x.requires_grad and y.grad is not None]
-        torch.autograd.backward(*zip(*pairs))
+        outputs, gradients = zip(*pairs)
+        torch.autograd.backward(outputs, gradients)
     if world() > 1:  # what DistributedDataParallel does in its one backward pass
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -292,26 +297,27 @@ def backward_in_parts(model, batch, size, run, seed):
 
 def recompute_blocks(model):
     """Keep only the inputs of the towers' blocks for the backward pass, which computes the rest again."""
-    for name, layers in model.named_modules():
-        for block in layers if name.endswith("blocks") else []:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    for name, blocks in model.named_modules():
+        if name.endswith("blocks"):
+            for block in blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def over_processes(losses, stop):
     """The losses' means over the processes, and whether any process was asked to stop."""
     if world() == 1:
-        return losses, bool(stop)
+        return {name: loss.detach() for name, loss in losses.items()}, bool(stop)
     table = torch.stack([*losses.values(), losses["loss"].new_tensor(float(bool(stop)))]).detach()
     dist.all_reduce(table)
     *means, stop = (table / world()).tolist()
     return dict(zip(losses, means)), stop > 0
 
 
-def stop_if_not_finite(row, norm, scaler):
+def stop_if_not_finite(row, norm, scaler):  # called at the steps that are logged, and so before every checkpoint
     if not math.isfinite(row["loss"]) or not (math.isfinite(norm) or scaler.is_enabled()):
-        raise UserError("the loss is {loss:.4g} and the gradient's norm {0:.4g} at step {step} (learning rate {lr:.2g}, "
-                        "logit scale {logit_scale:.1f}): stopped; what was saved is from before. Try a new run with a "
-                        "lower --lr, or --precision fp32".format(norm, **row))
+        raise UserError("the loss is {loss:.4g} and the gradient's norm {0:.4g} at step {step} (learning rate "
+                        "{lr:.2g}, logit scale {logit_scale:.1f}): stopped; the checkpoint is from before. Try a new run "
+                        "with a lower --lr, or --precision fp32".format(norm, **row))
 
 
 def chance_loss(model, batch):
@@ -325,7 +331,7 @@ def chance_loss(model, batch):
 
 
 class Interrupt:
-    """In a with block, SIGINT and SIGTERM ask the loop to stop after its step; a second one stops at once."""
+    """In a with block, SIGINT and SIGTERM ask the loop to stop after its step; a second Ctrl-C stops at once."""
     def __enter__(self):
         self.signal, self.before = None, {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -338,47 +344,45 @@ class Interrupt:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        if self.signal:
+        if self.signal and number == signal.SIGINT:  # a second SIGTERM is often torchrun's copy of the first
             raise KeyboardInterrupt
         self.signal = number
 
 
-class Log:
-    """log.csv: a row now and then, with the validation figures in the last row of an epoch. Only one process writes it.
+SCORES = [*(f"{d}_r{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)), "zs_all", "zs_seen", "zs_unseen"]
 
-    chance: see chance_loss; if the contrastive loss stays there, the log says so, once.
-    """
-    timing = ["step", "epoch", "samples", "loss", "lr", "logit_scale", "images_per_s", "wait"]
-    scores = [*(f"{d}_r{k}" for d in ("i2t", "t2i") for k in (1, 5, 10)), "zs_all", "zs_seen", "zs_unseen"]
 
-    def __init__(self, folder, step, chance):
-        self.path, self.chance, self.recent = folder and folder / "log.csv", chance, collections.deque(maxlen=10)
-        if self.path and self.path.exists():  # what was logged after the checkpoint will be logged again
-            header, *lines = self.path.read_text().splitlines(keepends=True) or [""]
-            lines = [line for line in lines if (at := line.partition(",")[0]).isdecimal() and int(at) <= step]
-            with data.writing(self.path) as file:
-                file.write("".join([header, *lines] if lines else []).encode())
-
-    def write(self, row, scores):
-        terms = [name for name in row if name not in self.timing]  # what the loss is the sum of
-        contrastive = row[terms[0] if terms else "loss"]
-        self.recent.append(abs(contrastive - self.chance) < 0.01 * self.chance)
-        if self.path is None:
-            return
-        if sum(self.recent) == self.recent.maxlen:
-            self.recent = collections.deque()  # without a maximum: it is said once
-            tqdm.write(f"note: the contrastive loss stays at {self.chance:.2f}, as if all pictures and all captions were "
-                       "alike. A lower --lr or a longer --warmup may help; and do the captions belong to their pictures?")
-        columns = [*self.timing[:4], *terms, *self.timing[4:], *self.scores]
-        row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in {**row, **scores}.items()}
-        try:
-            with open(self.path, "a", newline="") as file:
-                writer = csv.DictWriter(file, columns)
+def write_log(folder, row, scores):
+    """Append a row to log.csv, with the validation figures if it is the last row of an epoch. Only one process does."""
+    row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in {**row, **scores}.items()}
+    try:
+        if folder is not None:
+            with open(folder / "log.csv", "a", newline="") as file:
+                log = csv.DictWriter(file, [*(name for name in row if name not in SCORES), *SCORES])
                 if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-        except OSError as error:  # a lost row is no reason to lose the run
-            say(f"cannot write {self.path}: {error.strerror}")
+                    log.writeheader()
+                log.writerow(row)
+    except OSError as error:  # a lost row is no reason to lose the run
+        say(f"cannot write {error.filename}: {error.strerror}")
+
+
+def trim_log(folder, step):
+    """Remove from log.csv what comes after the checkpoint: it will be logged again."""
+    if folder is not None and (folder / "log.csv").exists():
+        header, *lines = (folder / "log.csv").read_text().splitlines(keepends=True) or [""]
+        lines = [line for line in lines if (at := line.partition(",")[0]).isdecimal() and int(at) <= step]
+        with data.writing(folder / "log.csv") as file:
+            file.write("".join([header, *lines] if lines else []).encode())
+
+
+def remarks(run, row):
+    """What else the end of an epoch has to say."""
+    text = f"; {len(run.loader.broken)} broken samples left out so far" if run.loader.broken else ""
+    contrastive = row.get("contrastive", row.get("ppcl", row["loss"]))
+    if abs(contrastive - run.chance) < 0.01 * run.chance:
+        text += (f". Note: the contrastive loss is {run.chance:.2f}, as if all pictures and all captions were alike. A "
+                 "lower --lr or a longer --warmup may help; and do the captions belong to their pictures?")
+    return text
 
 
 # --- the beginning of a run -----------------------------------------------------------------------------------------
@@ -388,12 +392,12 @@ def make_model(args, config, training):
     Model, recipe = MODELS[args.model], home(args.model).RECIPES[args.config]
     if "files" in recipe and not args.scratch:
         try:
-            files = data.fetch(recipe["files"], args.cache)
+            files = first_on_each_machine(lambda: data.fetch(recipe["files"], args.cache))
             tokenizer = tokens.read_vocabulary(recipe["tokenizer"], files.pop("vocab"))
             start = Model.from_pretrained if "source" in files else home(args.model).from_backbones
             return start(**files, config=config), tokenizer
         except (UserError, ImportError, RuntimeError, LookupError) as error:
-            raise UserError(f"{' '.join(str(error).split())[:500]}; or start from random weights with --scratch") from None
+            raise UserError(f"{' '.join(str(error).split())[:500]}; --scratch starts from random weights") from None
     texts = [text for s in training.samples for text in (*s.captions, s.long, s.web) if text]
     tokenizer = tokens.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
     special = {name: getattr(tokenizer, name) for name in ("pad_id", "start_id", "end_id", "mask_id", "class_id")
@@ -407,12 +411,12 @@ def check_texts(model, tokenizer, split):
     number, texts = len(texts), random.Random(0).sample(texts, min(len(texts), 10_000))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        lengths = (model.tokenize(texts, tokenizer) != tokenizer.pad_id).sum()
+        total = (model.tokenize(texts, tokenizer) != tokenizer.pad_id).sum()
     warnings.filterwarnings("ignore", message="texts of more than")  # said here, once, for all of them
     pictures = collections.Counter(text for sample in split.samples for text in set(sample.captions))
-    shared = sum(number for number in pictures.values() if number > 1) / sum(pictures.values())
+    shared = sum(count for count in pictures.values() if count > 1) / sum(pictures.values())
     say(f"{number:,} captions{' of the first shard' if isinstance(split, data.Shards) else ''}, of "
-        f"{lengths / len(texts):.1f} tokens on average; vocabulary {len(tokenizer):,}"
+        f"{total / len(texts):.1f} tokens on average; vocabulary {len(tokenizer):,}"
         + (f"; {shared:.0%} of them are said of several pictures, and count as wrong for each other's in a batch"
            if shared > 0.1 else "") + "".join(f"; {w.message}" for w in caught))
 
@@ -437,15 +441,15 @@ def make_folder(args):
 # --- the command line -----------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(model="liteclip", config=None, data=None, root=None, cache="data/cache", out=None, scratch=False,
-                samples=None, seed=0, precision=None, microbatch=0, recompute=False, compile=False, shard_optimizer=False)
-RECIPE = ("epochs", "batch", "lr", "image_lr", "weight_decay", "warmup")
-MOVABLE = ("root", "cache", "out", "microbatch", "recompute", "compile", "shard_optimizer")  # may change on --resume
+                samples=None, seed=0, precision=None, microbatch=0, recompute=False, compile=False,
+                shard_optimizer=False)
+MAY_CHANGE = ("root", "cache", "out", "microbatch", "recompute", "compile", "shard_optimizer")  # on --resume
 
 
 def parse(argv):
     """What was typed, and nothing else."""
-    parser = argparse.ArgumentParser(description="Train a CLIP-family model. The defaults of the second group are those "
-                                     "of the recipe of the size, in the model's file.", argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, description="Train a CLIP-family model. The "
+                                     "defaults of the second group are the recipe of the size, in the model's file.")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", choices=MODELS, help="(liteclip)", metavar="NAME")
     add("--config", help="a size of that model (the tiny one for shapes, else the published one)")
@@ -465,8 +469,8 @@ def parse(argv):
     add("--weight-decay", type=float)
     add("--warmup", type=float, help="the share of the steps in which the learning rate rises, 0 to 1")
     add("--seed", type=int)
-    add = parser.add_argument_group("how it is computed: except for --precision, with the same result up to rounding and "
-                                    "to what dropout draws").add_argument
+    add = parser.add_argument_group("how it is computed; except for --precision, the result is the same up to rounding "
+                                    "and dropout").add_argument
     add("--precision", choices=("fp32", "bf16", "fp16"), help="(what the device is best at)")
     add("--microbatch", type=int, metavar="N", help="encode N images a process at a time: less memory, a "
                                                                  "second forward pass, and still one batch (0: all)")
@@ -479,17 +483,19 @@ def parse(argv):
 
 def settle(typed):
     """The settings of a run: defaults < recipe < checkpoint < what was typed."""
-    resume, saved, path = typed.pop("resume", None), {}, None
-    if resume is not None:
-        path = Path(resume) / "last.pt"
-        typed["out"] = resume
-        saved = data.read_checkpoint(path)["args"] if path.exists() else {}
     for name, value in typed.items():
         if value == "":
-            raise UserError(f"--{name} is empty: a variable of the shell that is not set?")
-        if saved and name not in MOVABLE and value != saved.get(name):
-            raise UserError(f"--{name.replace('_', '-')} {value} does not go with {path}, where it is {saved.get(name)}; "
-                            "a resumed run takes its settings from the checkpoint")
+            raise UserError(f"--{name.replace('_', '-')} is empty: a variable of the shell that is not set?")
+    resume, saved, path = typed.pop("resume", None), {}, None
+    if resume is not None:
+        path, typed["out"] = Path(resume) / "last.pt", resume
+        saved = data.read_checkpoint(path)["args"] if path.exists() else {}
+        if not saved:
+            say(f"{path}: no checkpoint yet; a new run begins there")
+    for name, value in typed.items():
+        if saved and name not in MAY_CHANGE and value != saved.get(name):
+            raise UserError(f"--{name.replace('_', '-')} {value} does not go with {path}, where it is "
+                            f"{saved.get(name)}; a resumed run takes its settings from the checkpoint")
     args = {**DEFAULTS, **saved, **typed, "checkpoint": str(path) if saved else None}
     known = sizes(args["model"])
     generated = args["data"] in (None, *data.GENERATED)
@@ -498,10 +504,14 @@ def settle(typed):
         raise UserError(f"--config {args['config']}: {args['model']} has no such size; known: {', '.join(known)}")
     recipe = home(args["model"]).RECIPES[args["config"]]
     recipe = {**recipe, **recipe.get("scratch", {})} if args["scratch"] else recipe
-    args = {**{name: recipe[name] for name in RECIPE}, **args}
+    args = {**{name: recipe[name] for name in ("epochs", "batch", "lr", "image_lr", "weight_decay", "warmup")}, **args}
     args["data"] = args["data"] or recipe.get("data", "shapes")
+    for name, low, high in (("epochs", 1e-6, 1e6), ("lr", 0, 1e9), ("warmup", 0, 1), ("samples", 2, 1e12),
+                            ("seed", 0, 2e9)):
+        if args[name] is not None and not low <= args[name] <= high:
+            raise UserError(f"--{name} {args[name]}: expected {low:g} to {high:g}")
     if args["out"] and (Path(args["out"]) / "last.pt").exists() and not saved:
-        raise UserError(f"--out {args['out']} holds a run already: go on with --resume {args['out']}, or name another folder")
+        raise UserError(f"--out {args['out']} holds a run already; go on with --resume, or name another folder")
     return argparse.Namespace(**args)
 
 
@@ -518,28 +528,20 @@ def join_processes():
 
 def main(argv=None):
     typed = parse(argv)
-    with contextlib.suppress(AttributeError):  # a name that the terminal cannot show is no reason to stop
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        args = settle(typed)
-        if "RANK" in os.environ:
-            join_processes()
-        train(args)
-    except UserError as error:
-        sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: out of GPU memory ({str(error).splitlines()[0]}); --microbatch 32 or --recompute need "
-                 "less and change nothing else; or lower --batch, or use more GPUs")
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        sys.exit(f"train.py: --compile does not work here ({str(error).strip().splitlines()[0]}); go on without it, "
-                 "with --resume and --no-compile if the run has begun")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with data.entrance("train.py"):
+        try:
+            args = settle(typed)
+            if "RANK" in os.environ:
+                join_processes()
+            finish(args, train(args))
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise UserError(f"--compile does not work here ({str(error).strip().splitlines()[0]}); go on without it, "
+                            "with --resume and --no-compile if the run has begun") from None
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":
