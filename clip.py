@@ -564,7 +564,7 @@ def from_backbones(image, text, config="koclip-base"):
 
 
 KOCLIP_NAMES = [
-    (r"^params\.", ""), (r"^vision_model\.vision_model\.", "vision_model."), (r"^vit\.", "vision_model."),
+    (r"^(module\.|_orig_mod\.|params\.)+", ""), (r"^vision_model\.vision_model\.", "vision_model."), (r"^vit\.", "vision_model."),
     (r"^roberta\.", "text_model."),
     # RoBERTa and ViT, as Hugging Face names them
     (r"\bword_embeddings\.", "token_embedding."), (r"\bposition_embeddings(\.weight)?$", "positional_embedding"),

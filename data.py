@@ -765,14 +765,18 @@ def load_model(Model, Config, published, recipes, source, device=None):
             files = fetch(published[source])
             model = Model.from_pretrained(files["source"], source)
             tokenizer = read_vocabulary(recipes[source]["tokenizer"], files["vocab"])
+        elif not Path(source).exists():
+            raise UserError(f"{source}: no such checkpoint; published weights go by name: {', '.join(published)}")
         else:
             checkpoint = read_checkpoint(source)
             model = Model(Config(**checkpoint["config"])).eval()
             model.load_state_dict(checkpoint["weights"])
             tokenizer = from_state(checkpoint["tokenizer"])
-    except (ImportError, RuntimeError, TypeError, LookupError) as error:
-        raise UserError(f"{source} does not fit {Model.__name__}, whose published weights are "
-                        f"{', '.join(published)}: {' '.join(str(error).split())[:300]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # files that are damaged, or of another model, fail in many ways
+        raise UserError(f"{source} cannot be read as a {Model.__name__} ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:200]}); delete it if it is damaged") from None
     prepare = functools.partial(preprocess, size=model.config.image_size, fit=getattr(model.config, "fit", "crop"))
     return model.to(device or best_device()), tokenizer, prepare
 
