@@ -564,8 +564,8 @@ def from_backbones(image, text, config="koclip-base"):
 
 
 KOCLIP_NAMES = [
-    (r"^(module\.|_orig_mod\.|params\.)+", ""), (r"^vision_model\.vision_model\.", "vision_model."), (r"^vit\.", "vision_model."),
-    (r"^roberta\.", "text_model."),
+    (r"^(module\.|_orig_mod\.|params\.)+", ""),
+    (r"^vision_model\.vision_model\.", "vision_model."), (r"^vit\.", "vision_model."), (r"^roberta\.", "text_model."),
     # RoBERTa and ViT, as Hugging Face names them
     (r"\bword_embeddings\.", "token_embedding."), (r"\bposition_embeddings(\.weight)?$", "positional_embedding"),
     (r"\btoken_type_embeddings\.weight$", "token_type_embedding"), (r"\bembeddings\.LayerNorm\.", "ln_embed."),

@@ -9,7 +9,7 @@ the synthetic one. And so that the rest is not wasted, let a decoder, the captio
 
     image    u = ViT(image)             mean of the patches' states, normed, projected                            (B, E)
     texts    v, w = Transformer(web caption), Transformer(one sentence of the synthetic caption)                  (B, E)
-    contrast 1/2 [ CLIP(u, v) + CLIP(u, w) ]     CLIP's symmetric loss, each over its own (B, B) table       
+    contrast 1/2 [ CLIP(u, v) + CLIP(u, w) ]     CLIP's symmetric loss, each over its own (B, B) table
     caption  -mean ln p(y_i | image, web caption)    y (B, C): the synthetic caption; its token i is read from slot i
     loss     contrast + 2 caption                    (the mean is over the tokens of all captions, all processes)
 
@@ -375,8 +375,10 @@ class CLIPS(nn.Module):
         """The captioner's text for each image.
 
         web_tokens: their web captions, (B, context_length), as in training; otherwise an empty text, which training
-        never shows. Released weights come without a captioner; training makes one.
+        never shows.
         """
+        if self.captioner is None:
+            raise ValueError("this model has no captioner: released weights come without, training makes one")
         if web_tokens is None:
             web_tokens = self.tokenize([""] * len(images), tokenizer).to(images.device)
         states = self.captioner(self.image_feature_and_states(images)[1], self.text_feature_and_states(web_tokens)[1])
