@@ -197,7 +197,7 @@ class CLIPBPE(BPE):
         pairs = []
         for a, b in merges:
             pairs.append((ids[a], ids[b]))
-            ids[a + b] = len(ids)
+            ids[a + b] = len(cls.alphabet) + len(pairs) - 1
         return cls(pairs)
 
     @classmethod
