@@ -107,6 +107,8 @@ def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0):
     name = str(name)
     if split not in shapes.COUNTS:
         raise UserError(f"split {split!r}; known: {', '.join(shapes.COUNTS)}")
+    if root is not None and not Path(root).is_dir():
+        raise UserError(f"--root {root}: expected the folder that holds the files of {name}")
     try:
         if name in GENERATED:
             return load_shapes(name, split, size, cache, seed)
@@ -121,8 +123,7 @@ def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0):
         return Split(f"{name} {split}", images, [samples[i] for i in kept], augment=True)
     except UserError:
         raise
-    except (OSError, zipfile.BadZipFile, csv.Error, ValueError, LookupError, TypeError, AttributeError,
-            RecursionError) as error:
+    except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"--data {name}: {type(error).__name__}: {error}. A table has the columns image,caption (and "
                         "perhaps long,split), a .json is a list of objects with these, all in UTF-8; --root and "
                         "--cache name other folders") from None
@@ -299,9 +300,11 @@ def files_below(folder):
     """All files below a folder, sorted, without hidden ones. Links are followed, but no folder is visited twice."""
     visited, found = set(), []
     for place, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
         visited.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if not name.startswith(".")
-                            and os.path.realpath(os.path.join(place, name)) not in visited)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(place, name) for name in files if not name.startswith(".")]
     return sorted(found)
 
@@ -423,14 +426,24 @@ def read_bytes(source):
     return open_zip(source[0]).read(source[1]) if isinstance(source, tuple) else Path(source).read_bytes()
 
 
+def read_text(source):
+    try:
+        return read_bytes(source).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
 @functools.lru_cache
 def open_zip(path):
-    return zipfile.ZipFile(path)
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is no zip file; download it again") from None
 
 
 def read_table(path):
     """Columns image and caption, or open_clip's filepath and title; separated by commas, or by tabs."""
-    text = read_bytes(path).decode("utf-8-sig")
+    text = read_text(path)
     table = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in text.partition("\n")[0] else ",",
                        skipinitialspace=True, strict=True)
     header = [{"filepath": "image", "title": "caption"}.get(name.strip(), name.strip()) for name in next(table, [])]
@@ -457,12 +470,12 @@ def read_folder(folder):
         say_once(f"{folder}: {len(pictures) - len(texts)} of {len(pictures)} pictures have no .txt beside them "
                  "and are left out")
     return [{"image": str(picture.relative_to(folder)), "caption": line.strip()}
-            for picture, text in texts.items() for line in text.read_text(encoding="utf-8-sig").strip().split("\n")]
+            for picture, text in texts.items() for line in read_text(text).strip().split("\n")]
 
 
 def read_json(path):
     """A list of {image, caption(s), long?, split?}, also with KoCLIP's file_path and caption_ko, or a Karpathy file."""
-    content, rows = json.loads(read_bytes(path)), []
+    content, rows = json.loads(read_text(path)), []
     for entry in karpathy(content["images"], path.parent) if isinstance(content, dict) else content:
         texts = next((entry[key] for key in ("captions", "caption_ko", "caption") if key in entry), None)
         if not isinstance(texts, (str, list)):
@@ -536,7 +549,7 @@ def flickr8k(root=None):
     pictures, texts = (members(home, name) for name in archives)
     rows = []
     if "Flickr8k.token.txt" in texts:
-        for line in read_bytes(texts["Flickr8k.token.txt"]).decode().split("\n"):
+        for line in read_text(texts["Flickr8k.token.txt"]).split("\n"):
             name, _, caption = line.partition("\t")
             rows.append({"image": name.split("#")[0], "caption": caption.strip()})
     elif "captions.txt" in texts:  # Kaggle's
@@ -545,7 +558,7 @@ def flickr8k(root=None):
         lists = Path("data/flickr8k") / archives[1]
         texts = members(download(FLICKR8K_URL + lists.name, lists, md5=FLICKR8K[lists.name]).parent, lists.name)
     listed = {name: split for split, file in FLICKR8K_LISTS.items()
-              for name in read_bytes(texts[file]).decode().split()}
+              for name in read_text(texts[file]).split()}
     places = {name: place for place, name in enumerate(listed)}
     rows = [{**row, "split": listed[row["image"]]} for row in rows if row["image"] in listed.keys() & pictures.keys()]
     found = group(sorted(rows, key=lambda row: places[row["image"]]), home, home)
@@ -775,8 +788,9 @@ def load_model(Model, Config, published, recipes, source, device=None):
     except UserError:
         raise
     except Exception as error:  # files that are damaged, or of another model, fail in many ways
-        raise UserError(f"{source} cannot be read as a {Model.__name__} ({type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:200]}); delete it if it is damaged") from None
+        again = f"; delete {files['source']} to download it again" if source in published else ""
+        raise UserError(f"{source} does not fit {Model.__name__} ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:200]}){again}") from None
     prepare = functools.partial(preprocess, size=model.config.image_size, fit=getattr(model.config, "fit", "crop"))
     return model.to(device or best_device()), tokenizer, prepare
 
