@@ -1,19 +1,19 @@
 """Timings, as ratios of two things measured in turn in one process. Not a test: timings vary, tests must not.
 
-    python tests/bench.py models      # a training step of every model: time, memory, arithmetic
-                                      # (or of those named: models clip/vit-b-16 llip/vit-b-16-k32; --compile)
-    python tests/bench.py loading     # batches without a model: from the cache, and from tar shards
-    python tests/bench.py plan        # what the large sizes need of a GPU's memory, worked out without one
-    python tests/bench.py peers       # the next four, as far as the packages are there
-    python tests/bench.py step        # one liteclip training step against the published stack
-                                      # (needs: pip install timm transformers)
-    python tests/bench.py clip        # one vit-b-32 training step against open_clip's
-                                      # (needs: pip install open_clip_torch)
-    python tests/bench.py prolip      # the pairwise loss against the published formula: time and peak memory
-    python tests/bench.py llip        # the loss over mixtures, likewise
-    python tests/bench.py clips       # what the captioner costs
-    python tests/bench.py shapes      # drawing 10,000 pictures
-    python tests/bench.py tokens      # training the tokenizer and encoding with it
+    python experiments/bench.py models      # a training step of every model: time, memory, arithmetic
+                                            # (or of those named: models clip/vit-b-16 llip/vit-b-16-k32; --compile)
+    python experiments/bench.py loading     # batches without a model: from the cache, and from tar shards
+    python experiments/bench.py plan        # what the large sizes need of a GPU's memory, worked out without one
+    python experiments/bench.py peers       # the next four, as far as the packages are there
+    python experiments/bench.py step        # one liteclip training step against the published stack
+                                            # (needs: pip install timm transformers)
+    python experiments/bench.py clip        # one vit-b-32 training step against open_clip's
+                                            # (needs: pip install open_clip_torch)
+    python experiments/bench.py prolip      # the pairwise loss against the published formula: time and peak memory
+    python experiments/bench.py llip        # the loss over mixtures, likewise
+    python experiments/bench.py clips       # what the captioner costs
+    python experiments/bench.py shapes      # drawing 10,000 pictures
+    python experiments/bench.py tokens      # training the tokenizer and encoding with it
 """
 import functools
 import io
@@ -26,14 +26,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,7 +42,10 @@ import data  # noqa: E402
 import liteclip  # noqa: E402
 import llip  # noqa: E402
 import prolip  # noqa: E402
+import shapes  # noqa: E402
 import train  # noqa: E402
+from evaluate import MODELS, autocast, home, pick_precision  # noqa: E402
+from tokens import BPE  # noqa: E402
 
 
 def in_turns(functions, turns=5):
@@ -116,7 +118,7 @@ def step(batch=32):
         optimizer = train.make_optimizer(model, 0.05)
 
         def ours(model=model, optimizer=optimizer, precision=precision):
-            with train.autocast(torch.device("cpu"), precision):
+            with autocast(torch.device("cpu"), precision):
                 loss = model(images=pictures, tokens=tokens[:, :max(lengths)])["loss"]
             optimizer.zero_grad()
             loss.backward()
@@ -158,7 +160,7 @@ def clip_step(batch=16):
                 ("clip.py", ours, lambda: ours(images, tokens[:, :24])["loss"])):
             def step(model=model, forward=forward, precision=precision,
                      optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)):
-                with train.autocast(torch.device("cpu"), precision):
+                with autocast(torch.device("cpu"), precision):
                     value = forward()
                 optimizer.zero_grad()
                 value.backward()
@@ -171,7 +173,7 @@ def clip_step(batch=16):
 
 
 def pairwise_losses(batch=256, dim=768):
-    """ProLIP's pairwise loss, forward and backward: name -> a function that returns the loss."""
+    """ProLIP's pairwise loss: name -> a function that returns it; and the tensors that it depends on."""
     torch.manual_seed(0)
     image, text = (prolip.Gaussian(F.normalize(torch.randn(batch, dim), dim=-1).requires_grad_(),
                                    (torch.randn(batch, dim) - 7).requires_grad_()) for _ in range(2))
@@ -182,13 +184,12 @@ def pairwise_losses(batch=256, dim=768):
         distance = (image.log_var.exp()[:, None] + text.log_var.exp()[None]).sum(dim=-1)
         return -F.logsigmoid(y * (scale * (image.mean @ text.mean.T - distance / 2) + bias)).sum() / batch
 
-    return backwards({"published formula": published,
-                      "prolip.py": lambda: prolip.pairwise_loss(image, text, scale, bias)},
-                     [*image, *text, scale, bias])
+    ours = functools.partial(prolip.pairwise_loss, image, text, scale, bias)
+    return {"published formula": published, "prolip.py": ours}, [*image, *text, scale, bias]
 
 
 def mixture_losses(batch=256, tokens=32, dim=512, heads=8, temperature=5.0):
-    """Llip's loss, forward and backward: name -> a function that returns the loss."""
+    """Llip's loss, likewise."""
     torch.manual_seed(0)
     shape = batch, heads, tokens, dim // heads
     images = llip.KeysValues(*(torch.randn(shape).requires_grad_() for _ in range(2)))
@@ -202,28 +203,29 @@ def mixture_losses(batch=256, tokens=32, dim=512, heads=8, temperature=5.0):
         logits = scale * llip.plain_cosines(images, texts, out_proj, temperature) + bias
         return -F.logsigmoid(y * logits).sum() / batch
 
-    return backwards({"published formula": published,
-                      "llip.py": lambda: llip.mixture_loss(images, texts, out_proj, scale, bias, temperature)},
-                     [*images, *texts, out_proj, scale, bias])
-
-
-def backwards(functions, inputs):
-    """Each function with a backward pass behind it, after which no gradient is left."""
-    def both(function):
-        for tensor in inputs:
-            tensor.grad = None
-        loss = function()
-        loss.backward()
-        return loss.item()
-    return {name: lambda function=function: both(function) for name, function in functions.items()}
+    ours = functools.partial(llip.mixture_loss, images, texts, out_proj, scale, bias, temperature)
+    return {"published formula": published, "llip.py": ours}, [*images, *texts, out_proj, scale, bias]
 
 
 LOSSES = {"prolip": pairwise_losses, "llip": mixture_losses}
 
 
-def peak(function):
-    """The most memory that tensors take at once during a call, in bytes beyond what was taken before (on a CPU)."""
+def forward_and_backward(function, inputs):
+    for tensor in inputs:
+        tensor.grad = None
+    loss = function()
+    loss.backward()
+    return loss.item()
+
+
+def peak(function, inputs=()):
+    """The most memory that tensors take at once during a call, in bytes beyond what was taken before (on a CPU).
+
+    inputs: tensors whose gradients are cleared before; else those of the call before would count as taken.
+    """
     function()
+    for tensor in inputs:
+        tensor.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     changes = [event.nbytes() for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
@@ -233,9 +235,10 @@ def peak(function):
 
 def loss_of(model):
     """A loss, forward and backward, against its published formula: value, time, peak memory."""
-    functions = LOSSES[model]()
+    losses, inputs = LOSSES[model]()
+    functions = {name: functools.partial(forward_and_backward, loss, inputs) for name, loss in losses.items()}
     values = {name: function() for name, function in functions.items()}
-    memory = {name: peak(function) for name, function in functions.items()}
+    memory = {name: peak(function, inputs) for name, function in functions.items()}
     medians, _ = in_turns(functions, turns=15)
     reference = "published formula"
     for name in functions:
@@ -248,25 +251,25 @@ def loss_of(model):
 def clips_step(batch=64):
     """What CLIPS's captioner costs: of a step of the tiny size, its time; of the large ones, its arithmetic."""
     functions = {}
-    for name, layers in (("towers alone", 0), ("with the captioner", clips.CONFIGS["tiny"].caption_layers)):
+    for name, layers in (("without the captioner", 0), ("with the captioner", clips.CONFIGS["tiny"].caption_layers)):
         model = clips.CLIPS(replace(clips.CONFIGS["tiny"], vocab_size=len(some_tokenizer()), caption_layers=layers))
         texts, optimizer = texts_of(model, some_tokenizer(), batch), train.make_optimizer(model, 0.05)
         texts["images"] = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
 
         def step(model=model.train(), optimizer=optimizer, batch=texts):
-            with train.autocast(torch.device("cpu"), train.pick_precision(torch.device("cpu"))):
+            with autocast(torch.device("cpu"), pick_precision(torch.device("cpu"))):
                 loss = model(**batch)["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         functions[name] = step
     _, seconds = in_turns(functions, turns=15)
-    shares = sorted(1 - a / b for a, b in zip(seconds["towers alone"], seconds["with the captioner"]))
+    shares = sorted(1 - a / b for a, b in zip(seconds["without the captioner"], seconds["with the captioner"]))
     print(f"tiny, batch {batch}: {statistics.median(seconds['with the captioner']):.3f} s a step, "
           f"{statistics.median(shares):.0%} of it the captioner's (quartiles {shares[3]:.0%}, {shares[11]:.0%})")
     for size in ("vit-l-14-224", "vit-l-14-336", "vit-h-14-224"):
         config, operations = clips.CONFIGS[size], {}
-        for name, layers in (("towers alone", 0), ("with the captioner", config.caption_layers)):
+        for name, layers in (("without the captioner", 0), ("with the captioner", config.caption_layers)):
             with FakeTensorMode(), FlopCounterMode(display=False) as counter:
                 model = clips.CLIPS(replace(config, caption_layers=layers))
                 images = model.image_feature_and_states(torch.zeros(1, 3, config.image_size, config.image_size))
@@ -274,20 +277,20 @@ def clips_step(batch=64):
                 if layers:
                     model.captioner.head(model.captioner(images[1], texts[1][:1]))
             operations[name] = counter.get_total_flops()
-        share = 1 - operations["towers alone"] / operations["with the captioner"]
+        share = 1 - operations["without the captioner"] / operations["with the captioner"]
         print(f"{size}: {share:.0%} of the arithmetic is the captioner's, if captions fill its slots")
 
 
 def texts_of(model, tokenizer, batch):
     """A batch of generated captions, in the form the model wants."""
-    scenes = [data.make_scene(f"0/train/{i}") for i in range(batch)]
-    samples = [data.Sample(data.captions(s), data.long_caption(s), data.web_caption(s)) for s in scenes]
+    scenes = [shapes.make_scene(f"0/train/{i}") for i in range(batch)]
+    samples = [data.Sample(shapes.captions(s), shapes.long_caption(s), shapes.web_caption(s)) for s in scenes]
     return model.text_batch(samples, [random.Random(i) for i in range(batch)], tokenizer)
 
 
 @functools.cache
 def some_tokenizer():
-    return data.BPE.train([data.long_caption(data.make_scene(f"0/train/{i}")) for i in range(1000)], vocab_size=1024)
+    return BPE.train([shapes.long_caption(shapes.make_scene(f"0/train/{i}")) for i in range(1000)], vocab_size=1024)
 
 
 def matrix_rate(device, precision, seconds=1.0):
@@ -319,8 +322,8 @@ MEASURED = {  # model/size: images a step
 
 
 def models(*names, compile=False):
-    """A table: training steps of whole models, captions as in data.py's shapes, pictures of noise."""
-    device = train.pick_device()
+    """A table: training steps of whole models, captions of shapes.py, pictures of noise."""
+    device = data.best_device()
     measured = MEASURED["cuda" if device.type == "cuda" else "cpu"]
     precisions = ("bf16", "fp16", "fp32") if device.type == "cuda" else ("bf16", "fp32")
     rates = {precision: matrix_rate(device, precision) for precision in precisions}
@@ -329,10 +332,10 @@ def models(*names, compile=False):
           + "|---" * 8 + "|")
     for name in names or measured:
         kind, size = name.split("/")
-        config = train.home(train.MODELS[kind]).CONFIGS[size]
+        config = home(kind).CONFIGS[size]
         for precision in precisions:
             torch.manual_seed(0)
-            model = train.MODELS[kind](config).to(device).train()
+            model = MODELS[kind](config).to(device).train()
             batch = texts_of(model, some_tokenizer(), measured.get(name, 64))
             batch["images"] = torch.randint(0, 256, (len(next(iter(batch.values()))), 3, config.image_size,
                                                      config.image_size), dtype=torch.uint8)
@@ -340,7 +343,7 @@ def models(*names, compile=False):
             optimizer = train.make_optimizer(model, 0.05)
 
             def step():
-                with train.autocast(device, precision):
+                with autocast(device, precision):
                     loss = model(**batch)["loss"]
                 loss.backward()
                 optimizer.step()
@@ -364,7 +367,7 @@ def models(*names, compile=False):
 
 
 def loading(pictures=2000, batch=64):
-    """Batches of photographs alone, without a model: from the cache, with crops and flips, and from tar shards."""
+    """Only the batches, without a model: photographs from the cache and from tar shards, with crops and flips."""
     import tarfile
     import tempfile
     rng = np.random.default_rng(0)
@@ -388,12 +391,10 @@ def loading(pictures=2000, batch=64):
                         entry.size = len(content)
                         tar.addfile(entry, io.BytesIO(content))
         shards = data.load(f"{folder}/*.tar", "train", 224, cache=folder)
-        for workers in (0, 2):
-            loader = data.ShardLoader(shards, batch, lambda samples, rngs: {}, workers=workers)
-            began = time.perf_counter()
-            list(loader.stream(0, 12))
-            print(f"from shards, JPEGs of 500 x 375 to 224 pixels, {workers} workers: "
-                  f"{12 * batch / (time.perf_counter() - began):.0f} images/s")
+        loader = data.Loader(shards, batch, lambda samples, rngs: {})
+        seconds = min(clock(lambda: list(loader.stream(0, 12)), torch.device("cpu")) for _ in range(3))
+        print("from tar shards, JPEGs of 500 x 375 to 224 pixels, crops and flips: "
+              f"{12 * batch / seconds:.0f} images/s")
 
 
 PLANNED = ("clip/vit-b-16", "clip/vit-l-14", "prolip/vit-b-16", "prolip/vit-h-14", "llip/vit-b-16-k32",
@@ -423,11 +424,10 @@ def kept(model, batch):
 def memory_of(name, recompute=False):
     """-> parameters, bytes that a step keeps for each image, and bytes whatever the batch, of a size of a model."""
     kind, size = name.split("/")
-    config, bytes_kept = train.home(train.MODELS[kind]).CONFIGS[size], {}
+    config, bytes_kept = home(kind).CONFIGS[size], {}
     for images in (4, 8):
-        # tensors without values: who asks whether all texts have an end is told yes
-        with FakeTensorMode(), mock.patch.object(FakeTensor, "__bool__", lambda self: True):
-            model = train.MODELS[kind](config).train()
+        with FakeTensorMode():
+            model = MODELS[kind](config).train()
             if recompute:
                 train.recompute_blocks(model)
             batch = {"images": torch.zeros(images, 3, config.image_size, config.image_size),
@@ -457,18 +457,18 @@ def plan(gpus=8, memory=80e9):
               f"{max(0, spared / less):.0f} |", flush=True)
 
 
-def shapes(n=10_000):
+def drawing(n=10_000):
     def draw():
         for i in range(n):
-            data.draw(data.make_scene(f"0/train/{i}"), 64)
+            shapes.draw(shapes.make_scene(f"0/train/{i}"), 64)
     medians, _ = in_turns({"draw": draw}, turns=3)
     print(f"{n:,} pictures of 64 x 64 in {medians['draw']:.1f} s on one core")
 
 
-def tokens():
-    texts = [text for i in range(6000) for text in data.captions(data.make_scene(f"0/train/{i}"))]
-    medians, _ = in_turns({"train": lambda: data.BPE.train(texts),
-                           "encode": lambda: [data.BPE.train([]).encode(t) for t in texts[:1000]]}, turns=3)
+def tokenizing():
+    texts = [text for i in range(6000) for text in shapes.captions(shapes.make_scene(f"0/train/{i}"))]
+    medians, _ = in_turns({"train": lambda: BPE.train(texts),
+                           "encode": lambda: [BPE.train([]).encode(t) for t in texts[:1000]]}, turns=3)
     print(f"tokenizer of {len(texts):,} captions trained in {medians['train']:.2f} s")
 
 
@@ -485,7 +485,7 @@ def peers():
 
 if __name__ == "__main__":
     commands = {"models": models, "loading": loading, "plan": plan, "peers": peers, "step": step, "clip": clip_step,
-                "clips": clips_step, "shapes": shapes, "tokens": tokens,
+                "clips": clips_step, "shapes": drawing, "tokens": tokenizing,
                 **{model: functools.partial(loss_of, model) for model in LOSSES}}
     if len(sys.argv) < 2 or sys.argv[1] not in commands or len(sys.argv) > 2 and sys.argv[1] != "models":
         sys.exit(__doc__)

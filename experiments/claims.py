@@ -1,8 +1,8 @@
 """What the papers claim, put to the test on generated pictures: trains what is not there yet, then prints its tables.
 
-    python tests/claims.py prolip            # uncertainty, inclusion, prompts; three runs of 5 minutes on two cores
-    python tests/claims.py llip              # numbers of tokens, what is not mixed, temperature; 21 runs
-    python tests/claims.py clips             # which part of a long caption, how much of it, captioner; 36 runs; matplotlib
+    python experiments/claims.py prolip      # uncertainty, inclusion, prompts; three runs of 5 minutes on two cores
+    python experiments/claims.py llip        # numbers of tokens, what is not mixed, temperature; 21 runs
+    python experiments/claims.py clips       # which part of a long caption, how much, captioner; 36 runs; matplotlib
 
 Runs go to runs/claims/ and are used again when they are there. --seeds 0 for one run, --out FOLDER for the pictures.
 """
@@ -10,6 +10,7 @@ import argparse
 import random
 import statistics
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,36 +21,45 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clips  # noqa: E402
 import data  # noqa: E402
+import evaluate  # noqa: E402
 import llip  # noqa: E402
 import prolip  # noqa: E402
+import shapes  # noqa: E402
 import train  # noqa: E402
 
 
 def trained(model, seed, variant="", flags=(), **changes):
-    """-> model, tokenizer of a tiny model trained on shapes, or as the flags say, with these changes to its configuration."""
-    home, folder = train.home(train.MODELS[model]), Path("runs/claims") / f"{model}{variant}-{seed}"
+    """-> model, tokenizer of a tiny model, trained on shapes or as the flags say, with these changes to its Config."""
+    home, folder = evaluate.home(model), Path("runs/claims") / f"{model}{variant}-{seed}"
     tiny = "koclip-tiny" if model == "koclip" else "tiny"
     name = tiny + variant
     home.CONFIGS[name], home.RECIPES[name] = replace(home.CONFIGS[tiny], **changes), home.RECIPES[tiny]
     if not (folder / "done").exists():
-        start = ["--resume", str(folder)] if (folder / "last.pt").exists() else \
-            ["--model", model, "--config", name, "--data", "shapes", "--seed", str(seed), "--out", str(folder), *flags]
-        train.main(start)
+        train.main(["--resume", str(folder), "--model", model, "--config", name, "--data", "shapes",
+                    "--seed", str(seed), *flags])
         (folder / "done").touch()
-    model, tokenizer, _ = train.load(folder / "best.pt")
+    model, tokenizer, _ = evaluate.load(folder, device="cpu")
     return model, tokenizer
+
+
+def add_model(name, Model, home):
+    """Make train.py and evaluate.py know a variant of a model: what they ask its file for, they get from `home`."""
+    own = types.ModuleType(name)
+    own.__dict__.update(home.__dict__, PUBLISHED={}, load=lambda source, device=None: data.load_model(
+        Model, home.Config, {}, home.RECIPES, source, device))
+    Model.__module__, sys.modules[name], evaluate.MODELS[name] = name, own, Model
 
 
 def encode_pictures(model, pictures):
     """uint8 (N, S, S, 3) in NumPy -> features."""
     with torch.no_grad():
-        return train.join([model.encode_image(torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2))
+        return evaluate.join([model.encode_image(torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2))
                            for part in np.array_split(pictures, -(-len(pictures) // 256))])
 
 
 def encode_texts(model, tokenizer, texts):
     with torch.no_grad():
-        return train.join([model.encode_text(model.tokenize(texts[i:i + 256], tokenizer))
+        return evaluate.join([model.encode_text(model.tokenize(texts[i:i + 256], tokenizer))
                            for i in range(0, len(texts), 256)])
 
 
@@ -96,19 +106,19 @@ def inside(first, second):
 
 def prolip_claims(seeds, out, scenes=500):
     keys = [f"0/test/{i}" for i in range(scenes)]
-    scenes = [data.make_scene(key) for key in keys]
+    scenes = [shapes.make_scene(key) for key in keys]
     found, note = table()
     split, task = data.load("shapes", "test", 32), data.load_zero_shot("shapes", 32)
     for seed in seeds:
         model, tokenizer = trained("prolip", seed)
         size = model.config.image_size
-        scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+        scores, _ = evaluate.evaluate(model, tokenizer, split, task, "fp32")
         for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
             note(f"{what}, %", scores[key])
-        pictures = encode_pictures(model, np.stack([data.draw(scene, size) for scene in scenes]))
+        pictures = encode_pictures(model, np.stack([shapes.draw(scene, size) for scene in scenes]))
 
         # --- captions: from general to exact, by length, and with words masked ---
-        ladders = [data.ladder(scene) for scene in scenes]
+        ladders = [shapes.ladder(scene) for scene in scenes]
         texts = encode_texts(model, tokenizer, [text for ladder in ladders for text in ladder])
         uncertainty = texts.uncertainty.view(-1, 4).numpy()
         for rung in range(4):
@@ -116,7 +126,8 @@ def prolip_claims(seeds, out, scenes=500):
         note("text: % of ladders wholly in order (chance 4.2)", 100 * (np.diff(uncertainty) < 0).all(axis=1).mean())
         note("text: % of rungs 2 to 4 in order (chance 16.7)",
              100 * (np.diff(uncertainty[:, 1:]) < 0).all(axis=1).mean())
-        note("text: Spearman's rho of generality and uncertainty (1: in order)", spearman((3, 2, 1, 0), uncertainty).mean())
+        note("text: Spearman's rho of generality and uncertainty (1: in order)",
+             spearman((3, 2, 1, 0), uncertainty).mean())
         captions = [caption for sample in split.samples for caption in sample.captions]
         spread = encode_texts(model, tokenizer, captions).uncertainty.numpy()
         note("text: rho of a caption's shortness and uncertainty (1: in order)",
@@ -132,7 +143,7 @@ def prolip_claims(seeds, out, scenes=500):
         note("text: rho of words masked and uncertainty (1: in order)", spearman(SHARES, masked).mean())
 
         # --- pictures: with patches left out, as in training, and with gray tiles over them ---
-        images = torch.from_numpy(np.stack([data.draw(scene, size) for scene in scenes])).permute(0, 3, 1, 2)
+        images = torch.from_numpy(np.stack([shapes.draw(scene, size) for scene in scenes])).permute(0, 3, 1, 2)
         patches = (size // model.config.patch_size) ** 2
         order = torch.stack([torch.randperm(patches, generator=torch.Generator().manual_seed(i))
                              for i in range(len(scenes))])
@@ -140,7 +151,7 @@ def prolip_claims(seeds, out, scenes=500):
             without = np.stack([
                 model.encode_image(images, order[:, :patches - int(share * patches)].sort(dim=1).values)
                 .uncertainty.numpy() for share in SHARES], axis=1)  # (scenes, shares)
-        covered = np.stack([encode_pictures(model, np.stack([data.draw(scene, size, share) for scene in scenes]))
+        covered = np.stack([encode_pictures(model, np.stack([shapes.draw(scene, size, share) for scene in scenes]))
                             .uncertainty.numpy() for share in SHARES], axis=1)
         for what, columns in (("left out", without), ("under gray tiles", covered)):
             for share, column in zip(SHARES, columns.T):
@@ -179,7 +190,7 @@ def prompt_accuracy(model, tokenizer, seed, shots=5):
     labels = torch.from_numpy(task.labels)
     pictures = encode_pictures(model, task.images)
     nouns = [prompts[0].split(" ", 1)[1] for prompts in task.prompts]
-    texts = encode_texts(model, tokenizer, [data.grammar(prompt.replace("{}", noun)) for noun in nouns
+    texts = encode_texts(model, tokenizer, [shapes.grammar(prompt.replace("{}", noun)) for noun in nouns
                                             for prompt in PROMPTS])
     shown = torch.arange(len(labels)) % 10 < shots  # ten pictures of each class, in a row
     uniform, weighted, good = [], [], []
@@ -203,7 +214,7 @@ def left_out(model, scene, count):
     """A scene with more and more patches left out -> (scene, numbers of these patches, uncertainty) for each."""
     grid = model.config.image_size // model.config.patch_size
     order = random.Random(0).sample(range(grid ** 2), grid ** 2)
-    picture = torch.from_numpy(data.draw(scene, model.config.image_size)).permute(2, 0, 1)[None]
+    picture = torch.from_numpy(shapes.draw(scene, model.config.image_size)).permute(2, 0, 1)[None]
     found = []
     for i in range(count):
         hidden = order[:i * grid ** 2 // (count + 1)]
@@ -217,13 +228,13 @@ def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
     """The most and the least certain pictures and captions, and what leaving out parts of a picture does."""
     size, grid = model.config.image_size, model.config.image_size // model.config.patch_size
     font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    uncertainty = encode_pictures(model, np.stack([data.draw(scene, size) for scene in scenes])).uncertainty
+    uncertainty = encode_pictures(model, np.stack([shapes.draw(scene, size) for scene in scenes])).uncertainty
     order = uncertainty.argsort().tolist()
     rows = [("most certain pictures", [(scenes[i], [], uncertainty[i]) for i in order[:count]]),
             ("least certain pictures", [(scenes[i], [], uncertainty[i]) for i in order[-count:]])]
     rows.append(("one picture, with patches left out", left_out(model, scenes[order[len(order) // 2]], count)))
     width = count * (side + gap) + gap
-    captions = sorted({caption for scene in scenes for caption in [*data.captions(scene), *data.ladder(scene)]})
+    captions = sorted({caption for scene in scenes for caption in [*shapes.captions(scene), *shapes.ladder(scene)]})
     spread = encode_texts(model, tokenizer, captions).uncertainty
     ranked = spread.argsort().tolist()
     lists = [("most certain captions", ranked[:count]), ("least certain captions", ranked[:-count - 1:-1])]
@@ -234,7 +245,7 @@ def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
         pen.text((gap, y), title, fill="black", font=font)
         for column, (scene, hidden, value) in enumerate(row):
             x = gap + column * (side + gap)
-            sheet.paste(Image.fromarray(data.draw(scene, side)), (x, y + 22))
+            sheet.paste(Image.fromarray(shapes.draw(scene, side)), (x, y + 22))
             for patch in hidden:
                 left, top = x + patch % grid * side // grid, y + 22 + patch // grid * side // grid
                 pen.rectangle((left, top, left + side // grid, top + side // grid), fill=(205, 210, 222))
@@ -259,7 +270,7 @@ def draw_prolip(path, model, tokenizer, scenes, count=6, side=112, gap=14):
 # === Llip ============================================================================================================
 
 class Registers(llip.Llip):
-    """K tokens in the ViT, of which the first alone is compared: room to think in, but nothing to choose from."""
+    """K tokens in the ViT, of which only the first is compared: room to think in, but nothing to choose from."""
     def encode_image(self, images):
         return llip.KeysValues(*(x[:, :, :1] for x in super().encode_image(images)))
 
@@ -275,12 +286,11 @@ class LearnedAverage(llip.Llip):
         return llip.QueryTarget(self.query.expand_as(query), target)
 
 
-for baseline in (Registers, LearnedAverage):
-    baseline.__module__ = "llip"  # whose sizes and recipes they have
-    train.MODELS[f"llip-{baseline.__name__.lower()}"] = baseline
+add_model("llip-registers", Registers, llip)
+add_model("llip-learnedaverage", LearnedAverage, llip)
 
 VARIANTS = {  # what is compared: (model, part of the run's name, changes to the tiny configuration)
-    "K = 1: the sigmoid loss alone": ("llip", "-k1", {"mixture_tokens": 1}),
+    "K = 1: only the sigmoid loss": ("llip", "-k1", {"mixture_tokens": 1}),
     "16 tokens, the first compared (registers)": ("llip-registers", "", {}),
     "16 tokens, their mean": ("llip", "-mean", {"temperature": 1e6}),
     "16 tokens, a learned mean": ("llip-learnedaverage", "", {}),
@@ -298,13 +308,13 @@ def llip_claims(seeds, out):
     for seed in seeds:
         for name, (model, variant, changes) in VARIANTS.items():
             model, tokenizer = trained(model, seed, variant, **changes)
-            scores, features = train.evaluate(model, tokenizer, split, task, "fp32")
+            scores, features = evaluate.evaluate(model, tokenizer, split, task, "fp32")
             for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
                 note(f"{name}: {what}, %", scores[key])
             if name != "K = 16":
                 continue
             for model.temperature in TEMPERATURES:
-                scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+                scores, _ = evaluate.evaluate(model, tokenizer, split, task, "fp32")
                 name = f"K = 16 at temperature {model.temperature}"
                 note(f"{name}: mean of both R@1, %", (scores["i2t_r1"] + scores["t2i_r1"]) / 2)
                 note(f"{name}: zero-shot, %", scores["zs_all"])
@@ -323,11 +333,11 @@ def llip_claims(seeds, out):
 
 def draw_llip(path, model, tokenizer, key="0/test/20", side=224, gap=16, cell=26):
     """One image, four captions, and what each takes from the image: a row for each mixing head, a column a token."""
-    scene, words = data.make_scene(key, count=2), data.ENGLISH
-    captions = [data.grammar(text) for text in (
-        *(words["object"][2].format(a=data.describe(thing, words, ("colour", "shape"))) for thing in scene.things),
+    scene, words = shapes.make_scene(key, count=2), shapes.ENGLISH
+    captions = [shapes.grammar(text) for text in (
+        *(words["object"][2].format(a=shapes.describe(thing, words, ("colour", "shape"))) for thing in scene.things),
         words["count"][0].format(n=words["counts"][1]), words["backdrop"][0].format(bg=scene.background))]
-    picture = torch.from_numpy(data.draw(scene, model.config.image_size)).permute(2, 0, 1)[None]
+    picture = torch.from_numpy(shapes.draw(scene, model.config.image_size)).permute(2, 0, 1)[None]
     with torch.no_grad():
         images = model.encode_image(picture)
         texts = model.encode_text(model.tokenize(captions, tokenizer))
@@ -337,7 +347,7 @@ def draw_llip(path, model, tokenizer, key="0/test/20", side=224, gap=16, cell=26
     font, small, each = ImageFont.load_default(14), ImageFont.load_default(12), heads * cell + 40
     sheet = Image.new("RGB", (side + 3 * gap + tokens * cell, len(captions) * each + 2 * gap + 16), "white")
     pen = ImageDraw.Draw(sheet)
-    sheet.paste(Image.fromarray(data.draw(scene, side)), (gap, gap))
+    sheet.paste(Image.fromarray(shapes.draw(scene, side)), (gap, gap))
     x = side + 2 * gap
     for i, caption in enumerate(captions):
         top = gap + i * each
@@ -363,8 +373,7 @@ class WebAlone(clips.CLIPS):
         return batch | {"sub_tokens": batch["web_tokens"]}
 
 
-WebAlone.__module__ = "clips"  # whose sizes and recipes it has
-train.MODELS["clips-webalone"] = WebAlone
+add_model("clips-webalone", WebAlone, clips)
 
 PARTS = {"first": "the first tokens", "block": "a block of tokens", "random": "tokens from anywhere"}
 LENGTHS = (8, 16)  # tokens of the synthetic caption; a whole one has 20 to 75
@@ -390,7 +399,7 @@ def clips_claims(seeds, out, epochs="2"):
     for seed in seeds:
         for name, (model, variant, changes) in TRAININGS.items():
             model, tokenizer = trained(model, seed, variant, ("--epochs", epochs), **changes)
-            scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+            scores, _ = evaluate.evaluate(model, tokenizer, split, task, "fp32")
             for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
                 note(f"{name}: {what}, %", scores[key])
             points.setdefault(name, []).append(((scores["i2t_r1"] + scores["t2i_r1"]) / 2, scores["zs_all"]))
@@ -400,12 +409,12 @@ def clips_claims(seeds, out, epochs="2"):
         for name in LONGER if seed == seeds[0] else ():  # as long as the whole recipe
             model, variant, changes = TRAININGS[name]
             model, tokenizer = trained(model, seed, f"{variant}-long", **changes)
-            scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+            scores, _ = evaluate.evaluate(model, tokenizer, split, task, "fp32")
             for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
-                note(f"8 epochs, seed {seed} alone, {name}: {what}, %", scores[key])
+                note(f"8 epochs, only seed {seed}, {name}: {what}, %", scores[key])
 
         model, tokenizer = trained("clips", seed)  # the whole recipe, with its captioner
-        scores, _ = train.evaluate(model, tokenizer, split, task, "fp32")
+        scores, _ = evaluate.evaluate(model, tokenizer, split, task, "fp32")
         for key, what in (("i2t_r1", "I2T R@1"), ("t2i_r1", "T2I R@1"), ("zs_all", "zero-shot")):
             note(f"the whole recipe: {what}, %", scores[key])
         for web in (False, True):
@@ -464,7 +473,7 @@ def draw_captions(path, model, tokenizer, split, count=6, side=128, gap=16, widt
     sheet = Image.new("RGB", (width, sum(heights) + gap * (count + 1)), "white")
     pen, top = ImageDraw.Draw(sheet), gap
     for i, (row, height) in enumerate(zip(rows, heights)):
-        sheet.paste(Image.fromarray(data.draw(data.make_scene(f"0/test/{i}"), side)), (gap, top))
+        sheet.paste(Image.fromarray(shapes.draw(shapes.make_scene(f"0/test/{i}"), side)), (gap, top))
         y = top
         for label, lines, colour in row:
             pen.text((side + 2 * gap, y), label, fill=(70, 110, 200), font=small)

@@ -1,7 +1,7 @@
 """Kill a training run without warning, again and again, and see that nothing is lost.
 
-    python tests/kill.py                  # 30 kills, a third of them inside a save; 10 minutes
-    python tests/kill.py --processes 2    # the same with two processes, of which a random one is killed
+    python experiments/kill.py                  # 30 kills, a third of them inside a save; 10 minutes
+    python experiments/kill.py --processes 2    # the same with two processes, of which a random one is killed
 
 Every time the run goes on from its last checkpoint. What must hold: each checkpoint that lies there can be read, and
 the weights at the end are those of a run that nobody disturbed, to the bit.
@@ -22,15 +22,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import train  # noqa: E402
+import shapes  # noqa: E402
 
 # The run, with saves that take their time: half a second before the file is complete, and half a second before it gets
 # its name. It writes down where it is.
 CHILD = """
 import os, sys, time
 sys.path.insert(0, sys.argv.pop(1))
-import data, train
-fsync, replace, say = os.fsync, os.replace, train.say
+import train
+fsync, replace = os.fsync, os.replace
 def tell(what):
     with open("moment-" + os.environ.get("RANK", "0"), "w") as file:
         file.write(f"{os.getpid()} {what}")
@@ -51,10 +51,10 @@ train.main(sys.argv[1:])
 def make_pictures(folder):
     rows = ["image,caption,split"]
     for i in range(40):
-        scene = data.make_scene(f"test/{i}")
-        Image.fromarray(data.draw(scene)).save(folder / f"{i}.png")
+        scene = shapes.make_scene(f"test/{i}")
+        Image.fromarray(shapes.draw(scene)).save(folder / f"{i}.png")
         split = ("train", "train", "train", "val", "test")[i % 5]
-        rows += [f'{i}.png,"{caption}",{split}' for caption in data.captions(scene)]
+        rows += [f'{i}.png,"{caption}",{split}' for caption in shapes.captions(scene)]
     (folder / "captions.csv").write_text("\n".join(rows) + "\n")
 
 
@@ -116,22 +116,21 @@ def main():
         make_pictures(folder / "own")
         (folder / "child.py").write_text(CHILD)
         flags = ["--model", "clip", "--data", "own", "--config", "tiny", "--batch", "6", "--precision", "fp32",
-                 "--epochs", str(2 * options.rounds), "--out"]
+                 "--epochs", str(2 * options.rounds), "--resume"]  # which begins where there is no run yet
         whole = start(folder, options.processes, *flags, "whole")
         if whole.wait():
             sys.exit((folder / "errors.txt").read_text()[-3000:])
         kills = {"training": 0, "saving": 0}
         while sum(kills.values()) < options.rounds:
-            checkpoint = folder / "killed" / "last.pt"
-            again = ["--resume", "killed"] if checkpoint.exists() else [*flags, "killed"]
-            ended, what = kill_once(folder, options.processes, again, rng, inside=sum(kills.values()) % 3 == 2)
+            inside = sum(kills.values()) % 3 == 2
+            ended, what = kill_once(folder, options.processes, [*flags, "killed"], rng, inside)
             if ended:
                 break
             kills[what] += 1
-            steps = [train.read_checkpoint(path)["step"] for path in sorted((folder / "killed").glob("*.pt"))]
+            steps = [data.read_checkpoint(path)["step"] for path in sorted((folder / "killed").glob("*.pt"))]
             print(f"kill {sum(kills.values())}, while {what}: checkpoints of steps {steps}", flush=True)
         else:
-            last = start(folder, options.processes, "--resume", "killed")
+            last = start(folder, options.processes, *flags, "killed")
             if last.wait():
                 sys.exit((folder / "errors.txt").read_text()[-3000:])
         one, two = (torch.load(folder / run / "last.pt", weights_only=True) for run in ("whole", "killed"))

@@ -1,12 +1,12 @@
 """The reference runs of the tiny sizes: trains what is not there yet, prints the README's rows, keeps logs and curves.
 
-    python tests/results.py                          # six models, three seeds: about two hours on two cores
-    python tests/results.py --models clip --seeds 0  # one run
-    python tests/results.py --data flickr8k          # photographs: the five, 24 epochs; --root as of train.py
+    python experiments/results.py                          # six models, three seeds: about two hours on two cores
+    python experiments/results.py --models clip --seeds 0  # one run
+    python experiments/results.py --data flickr8k          # photographs: the five, 24 epochs; --root as of train.py
 
-Runs go to runs/claims/, where tests/claims.py looks for them, too. docs/logs/ keeps each run's log.csv; docs/curves.png
-and docs/curves-flickr8k.png show the validation figures in all of them (pip install matplotlib); docs/retrieval.png is
-what liteCLIP's first run left.
+Runs go to runs/claims/, where experiments/claims.py looks for them, too. docs/logs/ keeps each run's log.csv;
+docs/curves.png and docs/curves-flickr8k.png show the validation figures in all of them (pip install matplotlib);
+docs/retrieval.png is what liteCLIP's first run left.
 """
 import argparse
 import csv
@@ -18,10 +18,10 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import claims  # noqa: E402
 import data  # noqa: E402
-import train  # noqa: E402
+import evaluate  # noqa: E402
 
 NAMES = ("clip", "liteclip", "prolip", "llip", "clips", "koclip")
 GROUPS = {"I2T R@1 / 5 / 10": [f"i2t_r{k}" for k in (1, 5, 10)], "T2I R@1 / 5 / 10": [f"t2i_r{k}" for k in (1, 5, 10)],
@@ -37,8 +37,8 @@ def evaluated(name, seed, root=None, photographs=False):
     model, tokenizer = claims.trained(name, seed, variant, flags=["--data", source, *flags])
     size = model.config.image_size
     split = data.load(source, "test", size, root, getattr(model.config, "fit", "crop"))
-    scores, _ = train.evaluate(model, tokenizer, split, data.load_zero_shot(source, size),
-                               train.pick_precision(model.logit_scale.device))
+    scores, _ = evaluate.evaluate(model, tokenizer, split, data.load_zero_shot(source, size),
+                                  evaluate.pick_precision(model.logit_scale.device))
     return scores, Path(f"runs/claims/{name}{variant}-{seed}")
 
 
@@ -51,7 +51,7 @@ def row(title, cells):
 
 
 def rows(name, runs):
-    """A row for each seed, and one for their mean and standard deviation, of R@1 and zero-shot alone."""
+    """A row for each seed, and one for their mean and standard deviation, only of R@1 and zero-shot."""
     groups = [group for group in GROUPS.values() if group[0] in runs[min(runs)]]
     found = [row(f"`{name}`" if seed == 0 else f"`{name}`, `--seed {seed}`",
                  [" / ".join(f"{scores[key]:.1f}" for key in group) for group in groups])

@@ -399,8 +399,9 @@ def test_flickr8k_is_downloaded_and_of_kaggles_only_the_lists(server, monkeypatc
     (TEXTS, "no image with a caption"), (ZIPS | {"Flickr8k_Dataset.zip": b"PK broken"}, "home/Flickr8k_Dataset.zip"),
     (KAGGLE | {"captions.txt": "picture,caption\n0.png,a dog\n"}, "home/captions.txt.* expected image,caption"),
     (KAGGLE | {"captions.txt": 'image,caption\n0.png,"a dog\n'}, "."),
-    (FOLDERS | {"Flickr8k.token.txt": b"1000_abc.jpg#0\tcaf\xe9\n"}, ".")],
-    ids=["no pictures", "broken zip", "columns", "open quote", "latin-1"])
+    (FOLDERS | {"Flickr8k.token.txt": b"1000_abc.jpg#0\tcaf\xe9\n"}, "home/Flickr8k.token.txt.* byte 18"),
+    (ZIPS | {"Flickr8k_text.zip": ZIPS["Flickr8k_text.zip"].replace(b"a dog", b"a cat", 1)}, "flickr8k")],
+    ids=["no pictures", "broken zip", "columns", "open quote", "latin-1", "damaged zip"])
 def test_flickr8k_that_is_not_there_is_a_clear_error(tmp_path, files, expected):
     write_files("home", files)
     assert re.search(expected, user_error(data.load, "flickr8k", "train", 16, root=tmp_path / "home"))

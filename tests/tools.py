@@ -137,7 +137,7 @@ def assert_two_processes_equal_one(module, model, batches, folder):
     torch.save([model.state_dict(), batches], folder / "batches.pt")
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
-        context.set_forkserver_preload(["torch.distributed", "pytest"])  # imported once for all pairs of processes
+        context.set_forkserver_preload(["train", "pytest"])  # imported once for all pairs of processes
     with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
         futures = [pool.submit(work, rank, folder, module.__name__, type(model).__name__, asdict(model.config))
                    for rank in range(2)]
