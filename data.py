@@ -123,7 +123,8 @@ def load(name, split, size, root=None, fit="crop", cache="data/cache", seed=0):
         return Split(f"{name} {split}", images, [samples[i] for i in kept], augment=True)
     except UserError:
         raise
-    except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, csv.Error, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError) as error:
         raise UserError(f"--data {name}: {type(error).__name__}: {error}. A table has the columns image,caption (and "
                         "perhaps long,split), a .json is a list of objects with these, all in UTF-8; --root and "
                         "--cache name other folders") from None
@@ -767,7 +768,7 @@ def read_checkpoint(path):
     return content
 
 
-def load_model(Model, Config, published, recipes, source, device=None):
+def load_model(Model, Config, published, recipes, source, device=None, cache="data/cache"):
     """What `load` of a model file does: a checkpoint or a published name -> model, tokenizer, preprocess.
 
     The model is in evaluation mode, on `device`, by default the best there is. preprocess: a path or a PIL image ->
@@ -775,7 +776,7 @@ def load_model(Model, Config, published, recipes, source, device=None):
     """
     try:
         if source in published:
-            files = fetch(published[source])
+            files = fetch(published[source], cache)
             model = Model.from_pretrained(files["source"], source)
             tokenizer = read_vocabulary(recipes[source]["tokenizer"], files["vocab"])
         elif not Path(source).exists():

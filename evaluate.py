@@ -46,10 +46,12 @@ def published():
     return [f"{model}/{size}" for model in MODELS for size in sizes(model) if size in home(model).PUBLISHED]
 
 
-def load(source, device=None):
+def load(source, device=None, cache="data/cache"):
     """`load` for any model: a checkpoint, its run's folder, or MODEL/SIZE -> model, tokenizer, preprocess."""
     saved = settings(source)
-    return home(saved["model"]).load(saved["config"] if source in published() else source, device)
+    file = home(saved["model"])
+    source = saved["config"] if source in published() else source
+    return data.load_model(MODELS[saved["model"]], file.Config, file.PUBLISHED, file.RECIPES, source, device, cache)
 
 
 def settings(source):
@@ -63,7 +65,8 @@ def settings(source):
     content = data.read_checkpoint(source)
     if content["model"] not in MODELS:
         raise UserError(f"{source} holds a model {content['model']!r}; known: {', '.join(MODELS)}")
-    return {**content["args"], "model": content["model"], "step": content["step"], "minutes": content["minutes"]}
+    return {**content["args"], "model": content["model"], "step": content.get("step", 0),
+            "minutes": content.get("minutes", 0.0)}
 
 
 # --- processes and precision ----------------------------------------------------------------------------------------
@@ -223,7 +226,7 @@ def test(source, name=None, root=None, cache="data/cache", precision=None, out=N
     saved = settings(source)
     own = name in (None, saved["data"])
     name, root = name or saved["data"], root or (saved["root"] if own else None)
-    model, tokenizer, _ = load(source)
+    model, tokenizer, _ = load(source, cache=cache)
     precision = pick_precision(model.logit_scale.device, precision)
     split = load_test_split(name, model.config, root, cache)
     task = data.load_zero_shot(name, model.config.image_size)
@@ -332,11 +335,12 @@ def search(source, folder, query, cache="data/cache", precision=None, out=None, 
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: expected a folder of pictures")
-    model, tokenizer, prepare = load(source)
+    model, tokenizer, prepare = load(source, cache=cache)
     device, sheet = model.logit_scale.device, Path(out or ".") / "search.png"
+    weights = Path(source) / "best.pt" if Path(source).is_dir() else source
     paths = [path for path in data.list_pictures(folder) if path.resolve() != sheet.resolve()]
     key = data.fingerprint(str(source), os.path.abspath(folder), precision)
-    file = Path(cache) / "features" / f"{key}-{data.fingerprint(*map(data.stamp, [source, *paths]))}.pt"
+    file = Path(cache) / "features" / f"{key}-{data.fingerprint(*map(data.stamp, [weights, *paths]))}.pt"
     with autocast(device, pick_precision(device, precision)):
         if not file.exists():
             features, kept = encode_files(model, prepare, paths)

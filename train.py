@@ -40,8 +40,8 @@ from tqdm import tqdm
 import data
 import tokens
 from data import UserError, say
-from evaluate import (MODELS, autocast, describe, each, evaluate, gallery, home, join, pick_precision, rank, sizes,
-                      test, world)
+from evaluate import (MODELS, autocast, describe, each, evaluate, gallery, home, join, load, pick_precision, rank,
+                      sizes, test, world)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -109,14 +109,14 @@ def set_up(args):
     run = SimpleNamespace(device=data.best_device(), began=time.time(), step=0, best=-1.0, minutes=0.0)
     run.precision = pick_precision(run.device, args.precision)
     config = home(args.model).CONFIGS[args.config]
-    load = functools.partial(data.load, args.data, size=config.image_size, root=args.root,
-                             fit=getattr(config, "fit", "crop"), cache=args.cache)
-    training, run.validation = first_on_each_machine(lambda: [load("train"), load("val")])
+    split = functools.partial(data.load, args.data, size=config.image_size, root=args.root,
+                              fit=getattr(config, "fit", "crop"), cache=args.cache)
+    training, run.validation = first_on_each_machine(lambda: [split("train"), split("val")])
     run.task = data.load_zero_shot(args.data, config.image_size)
 
     torch.manual_seed(args.seed)
     if args.checkpoint:
-        model, run.tokenizer, _ = home(args.model).load(args.checkpoint, run.device)
+        model, run.tokenizer, _ = load(args.checkpoint, run.device)
     else:
         model, run.tokenizer = make_model(args, config, training)
     run.model = model = model.to(run.device)
@@ -316,8 +316,8 @@ def over_processes(losses, stop):
 def stop_if_not_finite(row, norm, scaler):  # called at the steps that are logged, and so before every checkpoint
     if not math.isfinite(row["loss"]) or not (math.isfinite(norm) or scaler.is_enabled()):
         raise UserError("the loss is {loss:.4g} and the gradient's norm {0:.4g} at step {step} (learning rate "
-                        "{lr:.2g}, logit scale {logit_scale:.1f}): stopped; the checkpoint is from before. Try a new run "
-                        "with a lower --lr, or --precision fp32".format(norm, **row))
+                        "{lr:.2g}, logit scale {logit_scale:.1f}): stopped; the checkpoint is from before. Try a new "
+                        "run with a lower --lr, or --precision fp32".format(norm, **row))
 
 
 def chance_loss(model, batch):
@@ -396,8 +396,9 @@ def make_model(args, config, training):
             tokenizer = tokens.read_vocabulary(recipe["tokenizer"], files.pop("vocab"))
             start = Model.from_pretrained if "source" in files else home(args.model).from_backbones
             return start(**files, config=config), tokenizer
-        except (UserError, ImportError, RuntimeError, LookupError) as error:
-            raise UserError(f"{' '.join(str(error).split())[:500]}; --scratch starts from random weights") from None
+        except Exception as error:  # damaged files fail in many ways
+            raise UserError(f"cannot start from {', '.join(address for address, _ in recipe['files'].values())}: "
+                            f"{' '.join(str(error).split())[:300]}; --scratch starts from random weights") from None
     texts = [text for s in training.samples for text in (*s.captions, s.long, s.web) if text]
     tokenizer = tokens.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
     special = {name: getattr(tokenizer, name) for name in ("pad_id", "start_id", "end_id", "mask_id", "class_id")
@@ -488,7 +489,8 @@ def settle(typed):
             raise UserError(f"--{name.replace('_', '-')} is empty: a variable of the shell that is not set?")
     resume, saved, path = typed.pop("resume", None), {}, None
     if resume is not None:
-        path, typed["out"] = Path(resume) / "last.pt", resume
+        folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
+        path, typed["out"] = folder / "last.pt", str(folder)
         saved = data.read_checkpoint(path)["args"] if path.exists() else {}
         if not saved:
             say(f"{path}: no checkpoint yet; a new run begins there")
@@ -518,12 +520,14 @@ def settle(typed):
 def join_processes():
     """Under torchrun: one of several processes, with a GPU of its own if there are any."""
     gpu = torch.cuda.is_available()
-    if gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-        raise UserError(f"{torch.cuda.device_count()} GPUs here: lower --nproc_per_node to that")
-    if gpu:
-        torch.cuda.set_device(data.best_device())
-    # A long timeout: the others wait while one process downloads and decodes.
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6))
+    try:
+        if gpu:
+            torch.cuda.set_device(data.best_device())
+        # A long timeout: the others wait while one process downloads and decodes.
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=6))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes ({' '.join(str(error).split())[:200]}); start them with "
+                        "torchrun, at most one for each GPU of a machine") from None
 
 
 def main(argv=None):
@@ -531,7 +535,7 @@ def main(argv=None):
     with data.entrance("train.py"):
         try:
             args = settle(typed)
-            if "RANK" in os.environ:
+            if "WORLD_SIZE" in os.environ:  # under torchrun
                 join_processes()
             finish(args, train(args))
         except RuntimeError as error:

@@ -10,7 +10,6 @@ import argparse
 import random
 import statistics
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,12 +41,9 @@ def trained(model, seed, variant="", flags=(), **changes):
     return model, tokenizer
 
 
-def add_model(name, Model, home):
-    """Make train.py and evaluate.py know a variant of a model: what they ask its file for, they get from `home`."""
-    own = types.ModuleType(name)
-    own.__dict__.update(home.__dict__, PUBLISHED={}, load=lambda source, device=None: data.load_model(
-        Model, home.Config, {}, home.RECIPES, source, device))
-    Model.__module__, sys.modules[name], evaluate.MODELS[name] = name, own, Model
+def add_model(name, Model, file):
+    """Make train.py and evaluate.py know a variant of a model, which has the sizes and recipes of that file."""
+    Model.__module__, evaluate.MODELS[name] = file.__name__, Model
 
 
 def encode_pictures(model, pictures):
@@ -286,9 +282,6 @@ class LearnedAverage(llip.Llip):
         return llip.QueryTarget(self.query.expand_as(query), target)
 
 
-add_model("llip-registers", Registers, llip)
-add_model("llip-learnedaverage", LearnedAverage, llip)
-
 VARIANTS = {  # what is compared: (model, part of the run's name, changes to the tiny configuration)
     "K = 1: only the sigmoid loss": ("llip", "-k1", {"mixture_tokens": 1}),
     "16 tokens, the first compared (registers)": ("llip-registers", "", {}),
@@ -372,8 +365,6 @@ class WebAlone(clips.CLIPS):
         batch = super().text_batch(samples, rngs, tokenizer)
         return batch | {"sub_tokens": batch["web_tokens"]}
 
-
-add_model("clips-webalone", WebAlone, clips)
 
 PARTS = {"first": "the first tokens", "block": "a block of tokens", "random": "tokens from anywhere"}
 LENGTHS = (8, 16)  # tokens of the synthetic caption; a whole one has 20 to 75
@@ -525,4 +516,7 @@ if __name__ == "__main__":
             import matplotlib  # noqa: F401, to fail before the training, not after
         except ModuleNotFoundError:
             sys.exit("the plot of the inverse effect needs matplotlib: pip install matplotlib")
+    add_model("llip-registers", Registers, llip)
+    add_model("llip-learnedaverage", LearnedAverage, llip)
+    add_model("clips-webalone", WebAlone, clips)
     claims[options.model](options.seeds, options.out)
