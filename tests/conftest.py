@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models of these tests are tiny: a second thread only costs time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # test processes share the cores: waiting threads should not spin
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
