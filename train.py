@@ -113,6 +113,10 @@ def set_up(args):
                               fit=getattr(config, "fit", "crop"), cache=args.cache)
     training, run.validation = first_on_each_machine(lambda: [split("train"), split("val")])
     run.task = data.load_zero_shot(args.data, config.image_size)
+    run.loader = data.Loader(
+        training, args.batch, lambda samples, rngs: run.model.text_batch(samples, rngs, run.tokenizer),
+        seed=args.seed, rank=rank(), world=world(), epoch=args.samples)
+    run.steps = math.ceil(args.epochs * run.loader.steps_per_epoch)
 
     torch.manual_seed(args.seed)
     if args.checkpoint:
@@ -134,9 +138,6 @@ def set_up(args):
     elif world() > 1:
         run.network = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None)
 
-    run.loader = data.Loader(training, args.batch, lambda samples, rngs: model.text_batch(samples, rngs, run.tokenizer),
-                             seed=args.seed, rank=rank(), world=world(), epoch=args.samples)
-    run.steps = math.ceil(args.epochs * run.loader.steps_per_epoch)
     run.optimizer = make_optimizer(model, args.weight_decay, args.image_lr, args.shard_optimizer)
     run.scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "fp16")
     if args.checkpoint:
@@ -397,7 +398,7 @@ def make_model(args, config, training):
             start = Model.from_pretrained if "source" in files else home(args.model).from_backbones
             return start(**files, config=config), tokenizer
         except Exception as error:  # damaged files fail in many ways
-            raise UserError(f"cannot start from {', '.join(address for address, _ in recipe['files'].values())}: "
+            raise UserError(f"cannot start from the recipe's weights, in {args.cache}/weights: "
                             f"{' '.join(str(error).split())[:300]}; --scratch starts from random weights") from None
     texts = [text for s in training.samples for text in (*s.captions, s.long, s.web) if text]
     tokenizer = tokens.BPE.train(texts, vocab_size=min(config.vocab_size, 8192))
