@@ -372,8 +372,9 @@ def once(path, build):
         with writing(listing) as file:
             file.write(json.dumps(found).encode())
         for old in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*"):
-            if old.stem != path.stem and (old.suffix != ".part" or time.time() - old.stat().st_mtime > 86_400):
-                old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # gone already; or on Windows, where another process has it mapped
+                if old.stem != path.stem and (old.suffix != ".part" or time.time() - old.stat().st_mtime > 86_400):
+                    old.unlink()
     return json.loads(listing.read_text())
 
 
